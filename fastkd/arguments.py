@@ -1,0 +1,205 @@
+"""Argument checks shared by every public loss: in Python, before any kernel, for every backend alike.
+
+Only what the host already holds is looked at. A value that lives on another device is never read
+back: there a bad label or a bad per-row temperature makes its row NaN.
+"""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the values may be looked at without a device sync or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """Dtypes, devices and shapes of the two logits; returns the number of classes that take part."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+        if logits.dtype not in LOGITS_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
+            )
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}"
+            )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher_logits must be on the device of student_logits, {student.device}, "
+            f"got {teacher.device}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "teacher_logits must have the leading shape of student_logits, "
+            f"{tuple(student.shape[:-1])}, got {tuple(teacher.shape[:-1])}"
+        )
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_logits requires a gradient, but the teacher is a constant here: "
+            "pass teacher_logits.detach(), or run the teacher under torch.no_grad()"
+        )
+    student_size, teacher_size = student.shape[-1], teacher.shape[-1]
+    if vocab_size is None:
+        if student_size != teacher_size:
+            raise ValueError(
+                f"student_logits has {student_size} classes and teacher_logits {teacher_size}: "
+                "pass vocab_size, the number of leading classes the two have in common"
+            )
+        return student_size
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    if not (1 <= vocab_size <= student_size and vocab_size <= teacher_size):
+        raise ValueError(
+            f"vocab_size must lie in [1, {min(student_size, teacher_size)}], the classes both "
+            f"logits have (student {student_size}, teacher {teacher_size}), got {vocab_size}"
+        )
+    return vocab_size
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items is None:
+        return
+    if reduction != "batchmean":
+        raise ValueError(f'num_items goes with reduction="batchmean", got {reduction!r}')
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one value, got shape {tuple(num_items.shape)}")
+    elif not is_number(num_items):
+        raise TypeError(
+            f"num_items must be a number or a tensor of one, got {type(num_items).__name__}"
+        )
+    elif not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be finite and > 0, got {num_items}")
+
+
+def check_rows(name: str, values: Tensor, student: Tensor) -> Tensor:
+    """One value per row, in the leading shape of the logits or flat; returned flat, [N]."""
+    leading = student.shape[:-1]
+    if values.shape != leading and tuple(values.shape) != (math.prod(leading),):
+        raise ValueError(
+            f"{name} must hold one value per row: shape {tuple(leading)} or "
+            f"({math.prod(leading)},), got {tuple(values.shape)}"
+        )
+    if values.device != student.device:
+        raise ValueError(f"{name} must be on the device of the logits, {student.device}, "
+                         f"got {values.device}")  # fmt: skip
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but it is a constant here: detach it")
+    return values.reshape(-1)
+
+
+def check_labels(
+    labels: Tensor | None, student: Tensor, vocab_size: int, ignore_index: int, alpha: float
+) -> Tensor | None:
+    """Dtype, shape and (on the host) range of the labels; returned flat, int64 [N]."""
+    if labels is None:
+        if alpha < 1:
+            raise ValueError(
+                f"alpha = {alpha} gives the hard term a weight of {1 - alpha}, which needs labels: "
+                "pass labels, or alpha=1"
+            )
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor or None, got {type(labels).__name__}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    flat = check_rows("labels", labels, student).to(torch.int64)
+    if on_host(flat) and flat.numel():
+        low, high = flat.aminmax()
+        if low < 0 or high >= vocab_size:  # perhaps only by ignore_index
+            bad = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+            if bad.any():
+                raise ValueError(
+                    f"labels must lie in [0, {vocab_size}) or be ignore_index = {ignore_index}, "
+                    f"got {flat[bad][0].item()}"
+                )
+    return flat
+
+
+def check_temperature(
+    name: str, temperature: float | Tensor, student: Tensor
+) -> float | Tensor:
+    """A finite number > 0, or a flat tensor [N] of them."""
+    if not isinstance(temperature, Tensor):
+        if not is_number(temperature):
+            raise TypeError(
+                f"{name} must be a number or a tensor of one per row, "
+                f"got {type(temperature).__name__}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {temperature}")
+        return float(temperature)
+    if not temperature.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {temperature.dtype}")
+    flat = check_rows(name, temperature, student)
+    if on_host(flat):
+        bad = ~((flat > 0) & (flat < math.inf))
+        if bad.any():
+            raise ValueError(f"{name} must be finite and > 0, got {flat[bad][0].item()}")
+    return flat
+
+
+def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> int:
+    """The number of classes kept: min(top_k, V - floor(V * percentile / 100)), at least 1."""
+    if not is_number(bottom_percentile):
+        raise TypeError(
+            f"bottom_percentile must be a number in [0, 100), "
+            f"got {type(bottom_percentile).__name__}"
+        )
+    if not 0 <= bottom_percentile < 100:
+        raise ValueError(f"bottom_percentile must lie in [0, 100), got {bottom_percentile}")
+    keep = vocab_size
+    if bottom_percentile > 0:
+        # 0.29 * 100 is 28.999999999999996 in binary: without the 1e-6 one class too few would go.
+        keep = vocab_size - int(vocab_size * bottom_percentile / 100 + 1e-6)
+    if top_k is not None:
+        if not isinstance(top_k, int) or isinstance(top_k, bool):
+            raise TypeError(f"top_k must be an int or None, got {type(top_k).__name__}")
+        if top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {top_k}")
+        keep = min(keep, top_k)
+    return max(keep, 1)
+
+
+def check_inplace(student: Tensor) -> None:
+    """Whether the gradient may be written over the student's logits."""
+    if not student.requires_grad or not torch.is_grad_enabled():
+        return
+    base = student if student._base is None else student._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "inplace=True would overwrite student_logits, which is (a view of) a leaf that requires "
+            "a gradient: pass inplace=False, or the output of the model"
+        )
+    expanded = [s for s, n in zip(student.stride(), student.shape, strict=True) if n > 1 and s == 0]
+    if expanded:
+        raise ValueError(
+            "inplace=True needs student_logits whose elements each have memory of their own, got "
+            f"an expanded tensor with strides {student.stride()}: pass student_logits.clone()"
+        )

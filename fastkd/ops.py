@@ -1,0 +1,272 @@
+"""Op schemas, their fakes, the choice of a backend with reasons, and the autograd function.
+
+One schema serves every backend, written once. ``fastkd::kd_rows`` is the native op, its kernels are
+C++ (csrc/); the other backends register the same schema under a name of their own, so that a
+backend asked for by name is that backend and no other.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import spec
+
+# student, dstudent [A, B, V_student], teacher [A, B, V_teacher], all with stride 1 in the last
+# dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See spec.kd_rows.
+KD_ROWS = (
+    "(Tensor student, Tensor teacher, Tensor? labels, Tensor student_inv_temperature, "
+    "Tensor teacher_inv_temperature, Tensor? soft_weight, Tensor? hard_weight, "
+    "Tensor(a!)? dstudent, int keep, int vocab_size, float beta) -> (Tensor soft, Tensor hard)"
+)
+# dstudent *= scale, one value or one per row, read on the device; nothing is done where it is 1.
+SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
+
+
+def _kd_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    N = student.shape[0] * student.shape[1]
+    dtype = spec.compute_dtype(student, teacher)
+    return student.new_empty(N, dtype=dtype), student.new_empty(N, dtype=dtype)
+
+
+def _define(suffix: str, kd_rows: Callable | None = None, scale: Callable | None = None) -> None:
+    for name, schema, kernel, fake in (
+        (f"fastkd::kd_rows{suffix}", KD_ROWS, kd_rows, _kd_rows_fake),
+        (f"fastkd::scale_rows{suffix}_", SCALE_ROWS, scale, lambda dstudent, scale: None),
+    ):
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(name, fake)
+        if kernel is not None:
+            torch.library.impl(name, "CompositeExplicitAutograd", kernel)
+
+
+_define("")
+_define("_reference", spec.kd_rows, spec.scale_rows_)
+
+_HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
+if _HAS_NATIVE:
+    from . import _C  # noqa: F401  registers the CPU kernels
+
+
+def _why_not_cuda(tensor: Tensor | None) -> list[str]:
+    reasons = ["fastkd._C_cuda, the module with the CUDA kernels, is not part of this installation"]
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is built without CUDA")
+    if tensor is not None and tensor.device.type != "cuda":
+        reasons.append(f"the logits are on {tensor.device}, not on a CUDA device")
+    return reasons
+
+
+def _why_not_triton(tensor: Tensor | None) -> list[str]:
+    return ["this version of fastkd has no Triton kernels"]
+
+
+def _why_not_cpu(tensor: Tensor | None) -> list[str]:
+    reasons = []
+    if not _HAS_NATIVE:
+        reasons.append("fastkd._C, the module with the CPU kernels, is not built: pip install .")
+    if tensor is not None and tensor.device.type != "cpu":
+        reasons.append(f"the logits are on {tensor.device}, not on the CPU")
+    return reasons
+
+
+def _why_not_reference(tensor: Tensor | None) -> list[str]:
+    return []
+
+
+# In the order "auto" tries them: (suffix of the ops, reasons against for a tensor or in general).
+_BACKENDS: dict[str, tuple[str, Callable[[Tensor | None], list[str]]]] = {
+    "cuda": ("", _why_not_cuda),
+    "triton": ("_triton", _why_not_triton),
+    "cpu": ("", _why_not_cpu),
+    "reference": ("_reference", _why_not_reference),
+}
+
+
+def backends() -> dict[str, list[str]]:
+    """Per backend the reasons why it cannot run on this machine; an empty list: it can.
+
+    >>> fastkd.backends()["cpu"]
+    []
+    """
+    return {name: why_not(None) for name, (_, why_not) in _BACKENDS.items()}
+
+
+def choose_backend(backend: str, student: Tensor) -> str:
+    """The suffix of the ops of the backend that will run: the first that can, or the one asked for.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend asked for cannot run; the message holds every reason.
+    """
+    if backend == "auto":
+        return next(suffix for suffix, why_not in _BACKENDS.values() if not why_not(student))
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {backend!r}")
+    suffix, why_not = _BACKENDS[backend]
+    reasons = why_not(student)
+    if reasons:
+        raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
+    return suffix
+
+
+def _rows_are_a_view(logits: Tensor) -> bool:
+    """Whether `as_rows` needs no copy: stride 1 in V, and two strides that describe the rows."""
+    size, stride = logits.shape, logits.stride()
+    if stride[-1] != 1 and size[-1] > 1:
+        return False
+    outer = [(n, s) for n, s in zip(size[:-2], stride[:-2], strict=True) if n != 1]
+    return all(s == n1 * s1 for (_, s), (n1, s1) in zip(outer, outer[1:], strict=False))
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[..., V] as [A, B, V] with stride 1 in V: a view wherever two strides describe the rows.
+
+    Three dimensions, not two, so that ``logits[:, :-1]`` of a [batch, sequence, V] tensor needs no
+    copy.
+    """
+    if not _rows_are_a_view(logits):
+        logits = logits.contiguous()
+    if logits.dim() > 3:
+        return logits.flatten(0, -3)
+    return logits[(None,) * (3 - logits.dim())]
+
+
+class Request(NamedTuple):
+    """One call of a loss, less the student's logits: the kernel's arguments and the reduction."""
+
+    teacher: Tensor  # [..., V_teacher]
+    labels: Tensor | None  # [N] int64
+    student_inv_temperature: Tensor  # [N]
+    teacher_inv_temperature: Tensor  # [N]
+    soft_scale: Tensor | None  # [N] what a row's soft term counts, before alpha; None: not computed
+    hard_scale: Tensor | None  # [N] the same of the hard term, before 1 - alpha
+    alpha: float
+    keep: int
+    vocab_size: int
+    beta: float
+    per_row: bool  # reduction "none"
+    inplace: bool
+    suffix: str  # of the backend's ops
+
+
+Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, soft, hard
+
+
+def _float16_scale(inv_temperature: Tensor, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+    """A power of two that brings the largest gradient these weights allow to about 2^8.
+
+    float16 ends at 6e-8 and a gradient is of the order of 1 / (V N): so it is stored scaled, and
+    backward divides. |q - p| <= 1, and the gradients of the other divergences exceed 1 by less
+    than the 2^8 that are left up to the largest float16.
+    """
+    bound = torch.zeros_like(inv_temperature)
+    if soft is not None:
+        bound = bound + soft.abs() * inv_temperature
+    if hard is not None:
+        bound = bound + hard.abs()
+    if bound.numel() == 0:
+        return bound.new_ones(())
+    _, exponent = torch.frexp(bound.amax().nan_to_num())
+    return torch.exp2((8 - exponent).to(bound.dtype))
+
+
+def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
+    """Launch the kernel and reduce its rows; returns the terms and what `dstudent` is scaled by."""
+    alpha, soft_scale, hard_scale = request.alpha, request.soft_scale, request.hard_scale
+    soft_weight = soft_scale if soft_scale is None or alpha == 1 else soft_scale * alpha
+    hard_weight = hard_scale if hard_scale is None or alpha == 0 else hard_scale * (1 - alpha)
+    scale = None
+    if dstudent is not None and dstudent.dtype == torch.float16:
+        scale = _float16_scale(request.student_inv_temperature, soft_weight, hard_weight)
+        soft_weight = None if soft_weight is None else soft_weight * scale
+        hard_weight = None if hard_weight is None else hard_weight * scale
+    soft, hard = getattr(torch.ops.fastkd, "kd_rows" + request.suffix)(
+        as_rows(student),
+        as_rows(request.teacher),
+        request.labels,
+        request.student_inv_temperature,
+        request.teacher_inv_temperature,
+        soft_weight,
+        hard_weight,
+        None if dstudent is None else as_rows(dstudent),
+        request.keep,
+        request.vocab_size,
+        request.beta,
+    )
+
+    def reduce(rows: Tensor, scale: Tensor | None) -> Tensor | None:
+        if scale is None:
+            return None
+        rows = rows * scale
+        return rows.view(student.shape[:-1]) if request.per_row else rows.sum()
+
+    soft_term, hard_term = reduce(soft, soft_scale), reduce(hard, hard_scale)
+    # A term of weight 0 stays out of the sum: 0 times an infinite term would be NaN.
+    if hard_term is None or alpha == 1:
+        loss = soft_term
+    elif soft_term is None or alpha == 0:
+        loss = hard_term
+    else:
+        loss = alpha * soft_term + (1 - alpha) * hard_term
+    assert loss is not None, "alpha has weight on a term that was not asked for"
+    return (loss, soft_term, hard_term), scale
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward retains its graph, so that what it saved is needed again."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if query is None else query()
+
+
+class _KDTerms(torch.autograd.Function):
+    """(loss, soft, hard), with the gradient of the loss computed in forward and only scaled here."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, request: Request) -> Terms:
+        if request.inplace:
+            dstudent = student
+        else:
+            dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
+        (loss, soft, hard), ctx.scale = _run(student, request, dstudent)
+        if request.inplace:
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(dstudent)
+        ctx.request, ctx.spent = request, False
+        ctx.set_materialize_grads(False)
+        soft, hard = (None if term is None else term.clone() if term is loss else term for term in (soft, hard))
+        ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
+        return loss, soft, hard
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        if dloss is None:
+            return None, None
+        if ctx.spent:
+            raise RuntimeError(
+                "kd_loss(inplace=True) was run backward a second time, but its gradient lives in "
+                "student_logits and was handed out by the first: pass inplace=False"
+            )
+        (dstudent,) = ctx.saved_tensors
+        dstudent = dstudent.detach()
+        if ctx.scale is not None:
+            dloss = dloss / ctx.scale
+        if torch.compiler.is_compiling() or (not ctx.request.inplace and _keeps_graph()):
+            # Backward may run again: what was saved must stay. (A compiler fuses the product.)
+            dloss = dloss.unsqueeze(-1) if ctx.request.per_row else dloss
+            return (dstudent * dloss).to(dstudent.dtype), None
+        ctx.spent = ctx.request.inplace
+        scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.request.suffix}_")
+        scale_rows_(as_rows(dstudent), dloss.reshape(-1))
+        return dstudent, None
+
+
+def kd_terms(student: Tensor, request: Request) -> Terms:
+    """The loss and its terms, reduced, with a graph where the student needs a gradient."""
+    if student.requires_grad and torch.is_grad_enabled():
+        return _KDTerms.apply(student, request)
+    return _run(student, request, None)[0]

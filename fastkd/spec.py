@@ -1,0 +1,152 @@
+"""The definition of the loss, in plain torch: the "reference" backend and the oracle of every test.
+
+Row by row, with z the student's and v the teacher's logits, y the label and T the temperatures:
+
+    K    = {i < vocab_size : v_i >= the keep-th largest v}, without classes at -inf in both rows
+    p    = softmax(v / T_teacher) over K        q = softmax(z / T_student) over K
+    soft = KL(p || q)                                       beta = 0, forward
+         = KL(q || p)                                       beta = 1, reverse
+         = beta KL(p || m) + (1 - beta) KL(q || m)          else, m = beta p + (1 - beta) q
+    hard = -log softmax(z)[y]                               at T = 1, over all classes < vocab_size
+
+Weights, T^2, means and masks are folded into one weight per row and term by the caller
+(:mod:`fastkd.loss`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax and
+T^2; Agarwal et al. 2024 (arXiv:2306.13649) for beta.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INF = float("inf")
+NAN = float("nan")
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of all arithmetic, of the per-row vectors and of the loss."""
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    return torch.float64 if double else torch.float32
+
+
+def kept_classes(v: Tensor, keep: int) -> Tensor:
+    """Mask [N, V] of the `keep` largest teacher logits of each row; ties at the last are all kept."""
+    if keep >= v.shape[-1]:
+        return torch.ones_like(v, dtype=torch.bool)
+    threshold = v.topk(keep, dim=-1).values[:, -1:]
+    return v >= threshold
+
+
+def excess(la: Tensor, lb: Tensor) -> Tensor:
+    """a log(a/b) - a + b from the logarithms of a and b: its sum is KL(a || b), no term is < 0.
+
+    a = 0 leaves b; b = 0 < a is +inf. Below |d| = 1, a (d + expm1(-d)) does not cancel.
+    """
+    a, b, d = la.exp(), lb.exp(), la - lb
+    value = torch.where(d.abs() < 1, a * (d + torch.expm1(-d)), a * d - a + b)
+    return torch.where(la == -INF, b, torch.where(lb == -INF, INF, value))
+
+
+def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence D [N] of softmax(x) from softmax(y) over `kept`, and dD/dx [N, V].
+
+    A row whose divergence is NaN, or infinite under beta = 1, has a NaN gradient in every class.
+    """
+    kept = kept & ~((x == -INF) & (y == -INF))
+    lq = F.log_softmax(x.masked_fill(~kept, -INF), dim=-1)
+    lp = F.log_softmax(y.masked_fill(~kept, -INF), dim=-1)
+    p, q = lp.exp(), lq.exp()
+
+    def kl(la: Tensor, lb: Tensor) -> Tensor:
+        return torch.where(kept, excess(la, lb), 0).sum(-1, keepdim=True)
+
+    if beta == 0:
+        divergence = kl(lp, lq)
+        gradient = q - p
+    elif beta == 1:
+        divergence = kl(lq, lp)
+        gradient = q * (lq - lp - divergence)
+    else:
+        weight = torch.tensor(beta, dtype=x.dtype)
+        lm = torch.logaddexp(weight.log() + lp, torch.log1p(-weight) + lq)
+        from_q = kl(lq, lm)
+        divergence = beta * kl(lp, lm) + (1 - beta) * from_q
+        gradient = (1 - beta) * q * (lq - lm - from_q)
+    gradient = gradient.masked_fill(~kept | (x == -INF), 0)
+    lost = divergence.isnan() | ((divergence == INF) & (beta == 1))
+    return divergence.squeeze(-1), gradient.masked_fill(lost, NAN)
+
+
+def hard_term(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(z)[label] [N] and its gradient [N, V]; NaN where the label is no class."""
+    valid = ((labels >= 0) & (labels < z.shape[-1])).unsqueeze(-1)
+    index = torch.where(valid, labels.unsqueeze(-1), 0)
+    lq = F.log_softmax(z, dim=-1).masked_fill(~valid, NAN)
+    hard = -lq.gather(-1, index)
+    gradient = lq.exp().scatter_add(-1, index, -torch.ones_like(hard))
+    return hard.squeeze(-1), gradient.masked_fill(hard.isnan(), NAN)
+
+
+def kd_rows(
+    student: Tensor,  # [A, B, V_student], rows r = a * B + b, N = A * B
+    teacher: Tensor,  # [A, B, V_teacher]
+    labels: Tensor | None,  # [N] int64
+    student_inv_temperature: Tensor,  # [N]
+    teacher_inv_temperature: Tensor,  # [N]
+    soft_weight: Tensor | None,  # [N]; None: the soft term is not computed
+    hard_weight: Tensor | None,  # [N]; None: the hard term is not computed
+    dstudent: Tensor | None,  # [A, B, V_student]; receives the gradient; may be `student`
+    keep: int,
+    vocab_size: int,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Per-row terms (soft [N], hard [N]), and into `dstudent` the gradient of their weighted sum.
+
+    The terms come unweighted, the gradient weighted. A row whose weights are all 0 is skipped: its
+    terms and its gradient are 0 whatever its logits hold. A term of weight 0 in another row is
+    computed and leaves no trace in the gradient. A label that is no class makes its row NaN.
+    """
+    dtype = compute_dtype(student, teacher)
+    weights = [w for w in (soft_weight, hard_weight) if w is not None]
+    skipped = torch.stack([w == 0 for w in weights]).all(0).unsqueeze(-1)  # [N, 1]
+
+    def rows(logits: Tensor) -> Tensor:
+        rows = logits[..., :vocab_size].reshape(-1, vocab_size).to(dtype)
+        return rows.masked_fill(skipped, 0)
+
+    z, v = rows(student), rows(teacher)
+    lost = z.isnan().any(-1)
+    if labels is not None:
+        labels = labels.masked_fill(skipped.squeeze(-1), 0)
+        lost = lost | (labels < 0) | (labels >= vocab_size)
+    soft = hard = z.new_zeros(z.shape[0])
+    gradient = torch.zeros_like(z)
+
+    def add(gradient: Tensor, weight: Tensor, term: Tensor) -> Tensor:
+        weight = weight.unsqueeze(-1)
+        return gradient + torch.where(weight == 0, 0, weight * term)
+
+    if soft_weight is not None:
+        x = z * student_inv_temperature.unsqueeze(-1)
+        y = v * teacher_inv_temperature.unsqueeze(-1)
+        soft, dx = soft_term(x, y, kept_classes(v, keep), beta)
+        bad = lost | v.isnan().any(-1)
+        soft, dx = soft.masked_fill(bad, NAN), dx.masked_fill(bad.unsqueeze(-1), NAN)
+        gradient = add(gradient, soft_weight * student_inv_temperature, dx)
+    if hard_weight is not None:
+        assert labels is not None, "the hard term needs labels"
+        hard, dz = hard_term(z, labels)
+        gradient = add(gradient, hard_weight, dz)
+    if dstudent is not None:
+        shape = (*dstudent.shape[:-1], vocab_size)
+        gradient = gradient.masked_fill(skipped, 0)
+        dstudent[..., :vocab_size].copy_(gradient.view(shape))
+        dstudent[..., vocab_size:].zero_()
+    flat = skipped.squeeze(-1)
+    return soft.masked_fill(flat, 0), hard.masked_fill(flat, 0)
+
+
+def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
+    """Multiply the rows of `dstudent` [A, B, V] in place by `scale`, one value or N of them."""
+    if scale.numel() != 1:
+        scale = scale.view(*dstudent.shape[:-1], 1)
+    dstudent.mul_(scale)
