@@ -261,7 +261,7 @@ class _KDTerms(torch.autograd.Function):
             return (dstudent * dloss).to(dstudent.dtype), None
         ctx.spent = ctx.request.inplace
         scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.request.suffix}_")
-        scale_rows_(as_rows(dstudent), dloss.reshape(-1))
+        scale_rows_(as_rows(dstudent), dloss.reshape(-1).contiguous())
         return dstudent, None
 
 

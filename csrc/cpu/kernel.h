@@ -1,0 +1,25 @@
+// The CPU kernels, compiled once per instruction set from one source and chosen when first called.
+#pragma once
+#include <atomic>
+
+#include "../rows.h"
+
+namespace fastkd::cpu {
+
+struct Kernels {
+  const char* name;  // of the instruction set
+  bool (*supported)();
+  // Take rows from `next` on until N are done. Several threads share `next`, for rows that are
+  // skipped cost nothing and often lie together.
+  void (*kd_rows)(const KdRows& call, std::atomic<int64_t>& next);
+  void (*scale_rows)(const ScaleRows& call, std::atomic<int64_t>& next);
+};
+
+// The widest set this processor has, or a narrower one that `limit_kernels` asked for.
+const Kernels& kernels();
+
+// The sets this processor has, widest first; a null name ends them. For tests.
+const Kernels* supported_kernels(int index);
+void limit_kernels(int index);
+
+}  // namespace fastkd::cpu

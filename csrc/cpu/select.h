@@ -1,0 +1,115 @@
+// The exact keep-th largest value of a row, in time that hardly depends on keep.
+#pragma once
+#include <algorithm>
+
+#include "columns.h"
+
+namespace fastkd::cpu {
+
+// How many values exceed each of four ascending pivots.
+template <class T>
+struct Counts {
+  int64_t above[4];
+};
+
+template <class T>
+FASTKD_INLINE Counts<T> count_above(const T* __restrict values, int64_t n, const T* pivots) {
+  const T p0 = pivots[0], p1 = pivots[1], p2 = pivots[2], p3 = pivots[3];
+  int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+#pragma omp simd reduction(+ : c0, c1, c2, c3)
+  for (int64_t i = 0; i < n; ++i) {
+    c0 += values[i] > p0;
+    c1 += values[i] > p1;
+    c2 += values[i] > p2;
+    c3 += values[i] > p3;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Writes the values in (low, high] to `found`; blocks without one cost a vector comparison. Low may
+// be NaN: no lower bound.
+template <class T>
+FASTKD_INLINE int64_t collect(const T* __restrict values, int64_t n, T low, T high,
+                              T* __restrict found) {
+  constexpr int64_t kBlock = 64;
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t length = std::min(kBlock, n - begin);
+    const T* __restrict block = values + begin;
+    int32_t hits = 0;
+#pragma omp simd reduction(+ : hits)
+    for (int64_t i = 0; i < length; ++i) hits += !(block[i] <= low) && block[i] <= high;
+    if (hits == 0) continue;
+    for (int64_t i = 0; i < length; ++i) {
+      found[count] = block[i];
+      count += !(block[i] <= low) && block[i] <= high;
+    }
+  }
+  return count;
+}
+
+template <class T>
+FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts from 1
+  std::nth_element(values, values + (nth - 1), values + n, [](T x, T y) { return x > y; });
+  return values[nth - 1];
+}
+
+// `values` [n] without NaN, 1 <= keep < n; `scratch` [n + 64].
+//
+// A bracket (low, high] around the answer is guessed from a sample and made narrower by counting
+// against four pivots at a time, which the vector units do at the speed of the cache; what is left
+// in it is collected and searched. Every count is exact, so a bad guess costs time and nothing else.
+template <class T>
+FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch) {
+  constexpr int64_t kSample = 512, kFew = 512;
+  T low = -kInf<T>, high = kInf<T>;
+  int64_t above_low = n, above_high = 0;  // values > low, values > high
+  if (n > 4 * kSample) {
+    const int64_t stride = n / kSample;
+    for (int64_t i = 0; i < kSample; ++i) scratch[i] = values[i * stride + (i * 7) % stride];
+    // Expected position of the answer in the sample and its standard deviation.
+    const double share = static_cast<double>(keep) / static_cast<double>(n);
+    const double center = share * kSample;
+    const double deviation = std::sqrt(kSample * share * (1 - share)) + 1;
+    int64_t position[4];
+    const double offsets[4] = {3.5, 1.0, -1.0, -3.5};  // pivots ascend, positions descend
+    T pivots[4];
+    int64_t end = kSample;
+    for (int j = 0; j < 4; ++j) {
+      position[j] = static_cast<int64_t>(center + offsets[j] * deviation);
+      position[j] = std::clamp<int64_t>(position[j], 1, kSample);
+      pivots[j] = nth_largest(scratch, end, position[j]);
+      end = position[j];
+    }
+    for (int round = 0; round < 4; ++round) {
+      const Counts<T> counts = count_above(values, n, pivots);
+      for (int j = 0; j < 4; ++j) {
+        const int64_t above = counts.above[j];
+        if (above >= keep && pivots[j] > low) low = pivots[j], above_low = above;
+        if (above < keep && pivots[j] < high) high = pivots[j], above_high = above;
+      }
+      const int64_t inside = above_low - above_high;
+      if (inside <= kFew || !(high - low < kInf<T>)) break;
+      // As if the values lay evenly in the bracket: where the answer then is, and around it the
+      // standard deviation of a uniform order statistic, 1 / (2 sqrt(inside)), thrice and more.
+      const T width = high - low;
+      const T guess = low + width * (static_cast<T>(above_low - keep) / static_cast<T>(inside));
+      if (!(guess > low && guess < high)) break;  // neighbouring numbers: nothing to narrow
+      const T deviation = width / std::sqrt(static_cast<T>(inside));
+      pivots[0] = guess - T(6.0) * deviation;
+      pivots[1] = guess - T(1.5) * deviation;
+      pivots[2] = guess + T(1.5) * deviation;
+      pivots[3] = guess + T(6.0) * deviation;
+    }
+    const int64_t inside = above_low - above_high;
+    if (inside < n / 2) {
+      const int64_t count =
+          collect(values, n, above_low == n ? kNaN<T> : low, high, scratch);
+      return nth_largest(scratch, count, keep - above_high);
+    }
+  }
+  std::copy(values, values + n, scratch);
+  return nth_largest(scratch, n, keep);
+}
+
+}  // namespace fastkd::cpu

@@ -1,0 +1,144 @@
+// What knows torch: tensors to the plain structs of rows.h, and rows to threads. Arguments were
+// checked in Python (fastkd/arguments.py); schemas are defined there too (fastkd/ops.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/kernel.h"
+#include "module.h"
+
+namespace fastkd {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::Double:
+      return DType::kDouble;
+    default:
+      STD_TORCH_CHECK(false, "fastkd: unsupported dtype");
+  }
+}
+
+Rows rows(const Tensor& tensor) {  // [A, B, V]
+  STD_TORCH_CHECK(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1),
+                  "fastkd: rows must come as [A, B, V] with stride 1 in V");
+  return {tensor.data_ptr(), dtype(tensor),    tensor.size(2),
+          tensor.size(1),    tensor.stride(0), tensor.stride(1)};
+}
+
+// Runs `work(next)` on as many threads as the pairs are worth.
+template <class Work>
+void parallel_rows(int64_t N, int64_t V, const Work& work) {
+  constexpr int64_t kPairsPerThread = 16384;  // about 10 us, several times the cost of waking one
+  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), N,
+                                             (N * V + kPairsPerThread - 1) / kPairsPerThread});
+  std::atomic<int64_t> next{0};
+  if (threads <= 1) return work(next);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
+}
+
+const void* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->data_ptr() : nullptr;
+}
+
+std::tuple<Tensor, Tensor> kd_rows_cpu(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+    const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
+    const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
+    const std::optional<Tensor>& dstudent, int64_t keep, int64_t vocab_size, double beta) {
+  KdRows call;
+  call.student = rows(student);
+  call.teacher = rows(teacher);
+  if (dstudent) call.dstudent = rows(*dstudent);
+  call.N = student.size(0) * student.size(1);
+  call.keep = keep;
+  call.vocab_size = vocab_size;
+  call.beta = beta;
+  call.is_double =
+      call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
+  const auto check = [&](const Tensor& vector, DType expected) {
+    STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
+                    "fastkd: a per-row vector must be contiguous, [N] and of the compute dtype");
+  };
+  const DType compute = call.is_double ? DType::kDouble : DType::kFloat;
+  check(student_inv_temperature, compute);
+  check(teacher_inv_temperature, compute);
+  if (soft_weight) check(*soft_weight, compute);
+  if (hard_weight) check(*hard_weight, compute);
+  STD_TORCH_CHECK(!labels || (labels->numel() == call.N && labels->is_contiguous() &&
+                              labels->scalar_type() == ScalarType::Long),
+                  "fastkd: labels must be contiguous int64 [N]");
+  STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
+  STD_TORCH_CHECK(keep >= 1 && vocab_size >= 1 && vocab_size <= call.student.width &&
+                      vocab_size <= call.teacher.width,
+                  "fastkd: keep or vocab_size out of range");
+  call.labels = static_cast<const int64_t*>(data(labels));
+  call.student_inv_temperature = student_inv_temperature.data_ptr();
+  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
+  call.soft_weight = data(soft_weight);
+  call.hard_weight = data(hard_weight);
+  Tensor soft = torch::stable::new_empty(student_inv_temperature, {call.N});
+  Tensor hard = torch::stable::new_empty(student_inv_temperature, {call.N});
+  call.soft = soft.data_ptr();
+  call.hard = hard.data_ptr();
+  parallel_rows(call.N, call.student.width,
+                [&](std::atomic<int64_t>& next) { cpu::kernels().kd_rows(call, next); });
+  return {soft, hard};
+}
+
+void scale_rows_cpu(Tensor dstudent, const Tensor& scale) {
+  ScaleRows call;
+  call.dstudent = rows(dstudent);
+  call.N = dstudent.size(0) * dstudent.size(1);
+  call.per_row = scale.numel() != 1;
+  call.scale_is_double = dtype(scale) == DType::kDouble;
+  STD_TORCH_CHECK((scale.numel() == 1 || scale.numel() == call.N) && scale.is_contiguous() &&
+                      (call.scale_is_double || dtype(scale) == DType::kFloat),
+                  "fastkd: scale must be contiguous, one value or N, float or double");
+  call.scale = scale.data_ptr();
+  if (!call.per_row && call.scale_of(0) == 1) return;
+  parallel_rows(call.N, call.dstudent.width,
+                [&](std::atomic<int64_t>& next) { cpu::kernels().scale_rows(call, next); });
+}
+
+// The instruction set in use, after limiting it to the index-th of those this processor has, widest
+// first; "" where there are fewer. For tests and `python -m fastkd`.
+std::string cpu_instruction_set(int64_t index) {
+  const cpu::Kernels* kernels = cpu::supported_kernels(static_cast<int>(index));
+  if (kernels == nullptr) return "";
+  cpu::limit_kernels(static_cast<int>(index));
+  return kernels->name;
+}
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
+  m.def("cpu_instruction_set(int index) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&fastkd::cpu_instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows_cpu));
+  m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows_cpu));
+}
+
+FASTKD_MODULE(_C)

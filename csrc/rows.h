@@ -1,0 +1,57 @@
+// The plain structs between what knows torch (ops.cpp) and what knows the machine (cpu/).
+#pragma once
+#include <cstdint>
+
+namespace fastkd {
+
+enum class DType { kFloat, kBFloat16, kHalf, kDouble };
+
+// The rows of a tensor [A, B, V] with stride 1 in V; row r = a * B + b.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat;
+  int64_t width = 0;         // V
+  int64_t inner = 1;         // B
+  int64_t outer_stride = 0;  // elements from a to a + 1: rows * V exceeds 2^31
+  int64_t inner_stride = 0;  // elements from b to b + 1
+
+  int64_t offset(int64_t row) const {
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+// One call of fastkd::kd_rows; the meaning of every field is defined in fastkd/spec.py. The vectors
+// [N] are double where either logits are, else float.
+struct KdRows {
+  Rows student, teacher;
+  Rows dstudent;                    // data null: no gradient; may alias student
+  const int64_t* labels = nullptr;  // null: no labels
+  const void* student_inv_temperature = nullptr;
+  const void* teacher_inv_temperature = nullptr;
+  const void* soft_weight = nullptr;  // null: the soft term is not computed
+  const void* hard_weight = nullptr;  // null: the hard term is not computed
+  void* soft = nullptr;
+  void* hard = nullptr;
+  int64_t N = 0;
+  int64_t keep = 0;
+  int64_t vocab_size = 0;
+  double beta = 0;
+  bool is_double = false;
+};
+
+// One call of fastkd::scale_rows_.
+struct ScaleRows {
+  Rows dstudent;
+  const void* scale = nullptr;  // one value, or N
+  bool per_row = false;
+  bool scale_is_double = false;  // else float
+  int64_t N = 0;
+
+  double scale_of(int64_t row) const {
+    const int64_t index = per_row ? row : 0;
+    return scale_is_double ? static_cast<const double*>(scale)[index]
+                           : static_cast<const float*>(scale)[index];
+  }
+};
+
+}  // namespace fastkd

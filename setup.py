@@ -1,0 +1,41 @@
+"""Builds the compiled modules against libtorch's stable ABI; everything else is in pyproject.toml."""
+
+import os
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+# FASTKD_SANITIZE=address,undefined builds for a test run under these sanitizers (tests/sanitize.sh).
+sanitize = os.environ.get("FASTKD_SANITIZE")
+sanitizers = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+
+compile_args = [
+    "-std=c++20",
+    "-O3",
+    # The stable ABI of libtorch 2.10: one binary for it and for every later release.
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",  # honours `#pragma omp simd`; links no OpenMP
+    "-fno-trapping-math",  # lets selections become blends; without it most loops stay scalar
+    "-Wall",
+    *sanitizers,
+]
+# Keep libtorch as a dependency: where torch has CUDA, it is what brings libtorch_cuda.
+link_args = [
+    "-Wl,--no-as-needed,-ltorch,--exclude-libs,ALL",
+    *(sanitizers or ["-Wl,--strip-all"]),
+]
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "fastkd._C",
+            ["csrc/ops.cpp", "csrc/cpu/kernel.cpp"],
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
