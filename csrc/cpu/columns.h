@@ -26,8 +26,10 @@ struct Sums {
   T other = 0;       // sum e_other
   T difference = 0;  // sum (e_other - e_lead)
   T excess = 0;      // sum e_lead phi(x) = sum (e_lead x + e_other - e_lead), no term < 0
-  T forbidden = 0;   // number of columns with other = -inf < lead: the divergence is infinite
-  Frame<T> max;      // largest logits seen
+  T cross = 0;       // sum e_lead x
+  T probe = 0;       // NaN where a pruned class holds an infinity or a NaN
+  bool forbidden = false;  // a column with other = -inf < lead: the divergence is infinite
+  bool too_high = false;   // a logit too far above the frame: the sums are not to be used
 };
 
 // What is kept of the exponentials for the gradient, in two buffers a and b.
@@ -38,51 +40,103 @@ enum class Keep {
   kReverse,  // a = e_lead, b = e_lead x
 };
 
+// One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
+// they do not, a sum comes out infinite or NaN and the caller comes again by `exponentials_guarded`.
+//
+// The second exponential is e_lead times 2^y, y the difference of the logits: one polynomial gives
+// it, the difference e_other - e_lead and phi, each to its own relative precision. Two exponentials
+// formed apart and subtracted would keep none of the digits a converged student is about. That needs
+// an e_lead that does not underflow: it is held at 2^-80, which no sum of the row can feel.
+//
+// kPruned: classes whose teacher is below `threshold` do not exist; nothing of them is kept.
+template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kSameTemperature, class T>
+FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict other, int64_t n,
+                                   Frame<T> frame, Temperatures<T> inverse, T threshold,
+                                   T* __restrict a, T* __restrict b) {
+  const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
+  const T lowest = frame.lead - T(80) / scale_lead;
+  const T shift = frame.lead - frame.other;
+  T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, probe = 0;
+  T min_lead = kInf<T>;
+  typename Level<T>::Type level_lead = Level<T>::kZero, level_ratio = Level<T>::kZero;
+#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, probe) \
+    reduction(max : level_lead, level_ratio) reduction(min : min_lead)
+  for (int64_t i = 0; i < n; ++i) {
+    T l = lead[i], o = other[i];
+    const bool keep = !kPruned || (kTeacherLeads ? l : o) >= threshold;
+    if constexpr (kPruned) {
+      probe += (kTeacherLeads ? o : l) * T(0);
+      l = keep ? l : frame.lead;
+      o = keep ? o : frame.other;
+    }
+    if constexpr (!kTeacherLeads) min_lead = l < min_lead ? l : min_lead;
+    l = l < lowest ? lowest : l;
+    const T u_lead = (l - frame.lead) * scale_lead;
+    const T y = kSameTemperature ? (o - l + shift) * scale_lead
+                                 : (o - frame.other) * scale_other - u_lead;
+    const Exponential<T> exponential = exp2_normal(u_lead);
+    const T e_lead = keep ? exponential.value : T(0);
+    const Ratio<T> to_other = ratio(y);
+    level_lead = level_lead < exponential.level ? exponential.level : level_lead;
+    level_ratio = level_ratio < to_other.level ? to_other.level : level_ratio;
+    const T difference = e_lead * to_other.minus_one;
+    sum_lead += e_lead;
+    sum_other += e_lead * to_other.exp2;  // e_lead + difference would cancel where it is small
+    sum_difference += difference;
+    sum_excess += e_lead * to_other.phi;
+    sum_cross += e_lead * y;
+    if constexpr (kKeep != Keep::kNothing) {
+      a[i] = e_lead;
+      b[i] = kKeep == Keep::kReverse ? e_lead * (y * -kLn2<T>) : difference;
+    }
+  }
+  // In the reverse divergence a student at -inf has to come out exactly 0, not 2^-80.
+  if (min_lead == -kInf<T>) sum_lead = kNaN<T>;
+  const bool too_high =
+      level_lead - Level<T>::kZero > 35 || level_ratio - Level<T>::kZero > 115 || sum_other > 0x1p50;
+  return {sum_lead,  sum_other, sum_difference, sum_excess, sum_cross * -kLn2<T>,
+          probe, false,     too_high};
+}
+
 template <class T>
 FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
   value = value > -bound ? value : -bound;
   return value < bound ? value : bound;
 }
 
-// One read of a chunk. Without kGuarded the logits must be finite and the scaled differences must
-// not overflow; where they are not, `excess` comes out infinite or NaN and the caller comes again.
-// Near x = 0 the difference e_lead (exp(-x) - 1) is formed from x, whose logits are subtracted
-// first: two exponentials subtracted would keep none of the digits a converged student is about.
-template <Keep kKeep, bool kGuarded, bool kSameTemperature, class T>
-FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict other, int64_t n,
-                                   Frame<T> frame, Temperatures<T> inverse, T* __restrict a,
-                                   T* __restrict b) {
+// The same for any logits, with two exponentials; pruned classes come as -inf in both. What is kept
+// is 0 where both are -inf, and for the forward divergence where the other is.
+template <Keep kKeep, class T>
+FASTKD_INLINE Sums<T> exponentials_guarded(const T* __restrict lead, const T* __restrict other,
+                                           int64_t n, Frame<T> frame, Temperatures<T> inverse,
+                                           T* __restrict a, T* __restrict b) {
   constexpr T kHuge = sizeof(T) == 4 ? T(1e30) : T(1e300);
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   const T shift = frame.other - frame.lead;
-  T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, forbidden = 0;
-  T max_lead = -kInf<T>, max_other = -kInf<T>;
-#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, forbidden) \
-    reduction(max : max_lead, max_other)
+  const bool same = inverse.same();
+  T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, forbidden = 0;
+#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, forbidden)
   for (int64_t i = 0; i < n; ++i) {
     const T l = lead[i], o = other[i];
-    max_lead = max_lead < l ? l : max_lead;
-    max_other = max_other < o ? o : max_other;
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
-    const T e_lead = exp2_(u_lead), e_other = exp2_(u_other);
-    T x = kSameTemperature ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>;
-    if constexpr (kGuarded) x = clamp(x, kHuge);
+    const T e_lead = exp2_flushed(u_lead), e_other = exp2_flushed(u_other);
+    const T x = clamp(same ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
     const bool small = (x < 0 ? -x : x) < T(0.25);
-    const T phi = phi_small(small ? x : T(0));
-    const T difference = small ? e_lead * (phi - x) : e_other - e_lead;
-    const T excess = small ? e_lead * phi : e_lead * x + difference;
+    const Ratio<T> to_other = ratio(small ? x * -kLog2E<T> : T(0));
+    const T difference = small ? e_lead * to_other.minus_one : e_other - e_lead;
     sum_lead += e_lead;
     sum_other += e_other;
     sum_difference += difference;
-    sum_excess += excess;
-    if constexpr (kGuarded) forbidden += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
+    sum_excess += small ? e_lead * to_other.phi : e_lead * x + difference;
+    sum_cross += e_lead * x;
+    forbidden += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
     if constexpr (kKeep != Keep::kNothing) {
-      const bool absent = kGuarded && kKeep == Keep::kForward && o == -kInf<T>;
+      const bool absent = kKeep == Keep::kForward && o == -kInf<T>;
       a[i] = absent ? T(0) : e_lead;
       b[i] = absent ? T(0) : kKeep == Keep::kReverse ? e_lead * x : difference;
     }
   }
-  return {sum_lead, sum_other, sum_difference, sum_excess, forbidden, {max_lead, max_other}};
+  return {sum_lead, sum_other, sum_difference, sum_excess, sum_cross, 0, forbidden > 0, false};
 }
 
 template <class T>
@@ -100,13 +154,13 @@ FASTKD_INLINE Sum<T> exponential(const T* __restrict logits, int64_t n, T frame,
 #pragma omp simd reduction(+ : sum) reduction(max : max)
     for (int64_t i = 0; i < n; ++i) {
       max = max < logits[i] ? logits[i] : max;
-      sum += exp2_((logits[i] - frame) * scale);
+      sum += exp2_flushed((logits[i] - frame) * scale);
     }
   } else {
 #pragma omp simd reduction(+ : sum) reduction(max : max)
     for (int64_t i = 0; i < n; ++i) {
       max = max < logits[i] ? logits[i] : max;
-      const T value = exp2_((logits[i] - frame) * scale);
+      const T value = exp2_flushed((logits[i] - frame) * scale);
       sum += value;
       e[i] = value;
     }

@@ -35,12 +35,13 @@ struct Workspace {
 // The sums of a whole row, relative to the frame of its last chunk, in double.
 template <class T>
 struct RowSums {
-  double lead = 0, other = 0, difference = 0, excess = 0;
+  double lead = 0, other = 0, difference = 0, excess = 0, cross = 0;
   bool forbidden = false;
+  bool inexact = false;  // `difference` and `excess` lost digits in a move
   Frame<T> frame;
 
   // Moves the sums to a new frame. With D = the shift of x, e_other / e_lead shrinks by exp(-D):
-  // difference' = w (difference + expm1(-D) other), and so on; nothing cancels near x = 0.
+  // difference' = w (difference + expm1(-D) other), and so on; nothing cancels for small D.
   void move(Frame<T> to, Temperatures<T> inverse) {
     if (lead != 0 || other != 0) {
       const double by_lead = (double{to.lead} - frame.lead) * inverse.lead;
@@ -49,11 +50,15 @@ struct RowSums {
       const double w = std::exp(-by_lead);
       if (std::isfinite(D) && w > 0) {
         const double ratio = std::expm1(-D);
+        inexact |= std::fabs(D) > 2;
+        cross = w * (cross + lead * D);
         excess = w * (excess + lead * (D + ratio) + ratio * difference);
         difference = w * (difference + ratio * other);
       } else {  // one side has had no finite logit so far
         difference = std::exp(-by_other) * other - w * lead;
         excess = w > 0 ? w * excess : difference;
+        cross = 0;  // nothing, or infinite and counted as such
+        inexact = true;
       }
       lead *= w;
       other *= std::exp(-by_other);
@@ -66,7 +71,8 @@ struct RowSums {
     other += chunk.other;
     difference += chunk.difference;
     excess += chunk.excess;
-    forbidden |= chunk.forbidden > 0;
+    cross += chunk.cross;
+    forbidden |= chunk.forbidden;
   }
 };
 
@@ -102,134 +108,206 @@ class Row {
   bool wants_gradient() const { return call_.dstudent.data != nullptr; }
 
   FASTKD_INLINE void compute(T& soft, T& hard) {
-    const bool pruned = call_.soft_weight && call_.keep < vocab_;
-    const bool reverse = call_.beta == 1;
-    const bool mixed = call_.beta > 0 && call_.beta < 1;
+    pruned_ = call_.soft_weight && call_.keep < vocab_;
+    reverse_ = call_.beta == 1;
+    mixed_ = call_.beta > 0 && call_.beta < 1;
     // The hard term's exponentials are the student's own at T = 1 over all classes.
-    share_ = call_.hard_weight && call_.soft_weight && soft_weight_ != 0 && !pruned &&
+    share_ = call_.hard_weight && call_.soft_weight && soft_weight_ != 0 && !pruned_ &&
              student_inverse_ == 1;
-    keep_ = mixed ? Keep::kMixture
+    keep_ = mixed_ ? Keep::kMixture
             : !wants_gradient() || soft_weight_ == 0 ? Keep::kNothing
-            : reverse                                ? Keep::kReverse
+            : reverse_                               ? Keep::kReverse
                                                      : Keep::kForward;
-    inverse_ = reverse ? Temperatures<T>{student_inverse_, teacher_inverse_}
+    inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse_}
                        : Temperatures<T>{teacher_inverse_, student_inverse_};
     T label_logit = 0;
     if (call_.hard_weight) {
       label_logit = *load_columns<T>(call_.student, row_, label(), 1, work_.scratch(0));
     }
 
-    bool lost = !read(pruned, reverse);  // NaN in the row
+    bool lost = pruned_ && !prune();
+    if (lost) pruned_ = false;  // the hard term is still to be computed
+    lost |= !read();
 
     Coefficients gradient;
     if (call_.soft_weight) {
       lost |= !(sums_.lead > 0) || !(sums_.other > 0);
-      soft = lost ? kNaN<T> : finish_soft(mixed, reverse, gradient);
+      soft = lost ? kNaN<T> : finish_soft(gradient);
     }
     if (call_.hard_weight) {
-      const double sum = !share_ ? hard_sum_ : reverse ? sums_.lead : sums_.other;
-      const T frame = !share_ ? hard_frame_ : reverse ? sums_.frame.lead : sums_.frame.other;
+      const double sum = !share_ ? hard_sum_ : reverse_ ? sums_.lead : sums_.other;
+      const T frame = !share_ ? hard_frame_ : reverse_ ? sums_.frame.lead : sums_.frame.other;
       hard = static_cast<T>(std::log(sum) + (double{frame} - double{label_logit}));
       if (!(sum > 0)) hard = kNaN<T>;
     }
     if (!wants_gradient()) return;
-    const bool soft_bad = std::isnan(soft) || (reverse && std::isinf(soft));
+    const bool soft_bad = std::isnan(soft) || (reverse_ && std::isinf(soft));
     if ((soft_weight_ != 0 && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
       fill(kNaN<T>);
     } else {
-      write_gradient(mixed, reverse, gradient);
+      write_gradient(gradient);
     }
   }
 
   // Every column once: exponentials to the buffers, sums to the row. False where it holds a NaN.
-  FASTKD_INLINE bool read(bool pruned, bool reverse) {
-    const T* teacher_row = nullptr;
-    T threshold = 0;
-    if (pruned) {
-      teacher_row = load_columns<T>(call_.teacher, row_, 0, vocab_, work_.teacher());
-      if (has_nan(teacher_row, vocab_)) {
-        pruned = false;  // no order, no threshold: the row's soft term is lost in any case
-      } else {
-        threshold = kth_largest(teacher_row, vocab_, call_.keep, work_.a());
-      }
-    }
+  FASTKD_INLINE bool read() {
     bool valid = true;
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
       if (call_.hard_weight && !share_) read_hard(student, begin, n, index);
       if (!call_.soft_weight) continue;
-      const T* teacher = teacher_row
-                             ? teacher_row + begin
-                             : load_columns<T>(call_.teacher, row_, begin, n, work_.scratch(1));
-      if (pruned) {
-        valid &= !has_nan(student, n);  // also in a class that is pruned
-        mask(student, teacher, n, threshold, work_.scratch(2), work_.scratch(3));
-        student = work_.scratch(2), teacher = work_.scratch(3);
-        guarded_ = true;
-      }
-      const T* lead = reverse ? student : teacher;
-      const T* other = reverse ? teacher : student;
-      read_soft(lead, other, begin, n);
+      const T* teacher = load_teacher(begin, n);
+      if (begin == 0 && !pruned_) sums_.frame = frame_of(student, teacher, n);
+      sums_.add(read_soft(student, teacher, begin, n, valid));
       work_.soft_frames()[index] = sums_.frame;
+      balance();
     }
+    if (sums_.inexact) read_again(valid);
     return valid;
   }
 
-  FASTKD_INLINE void read_soft(const T* lead, const T* other, int64_t begin, int64_t n) {
-    if (begin == 0) {
-      sums_.frame = {maximum(lead, n), maximum(other, n)};
-      if (!std::isfinite(sums_.frame.lead) || !std::isfinite(sums_.frame.other)) guarded_ = true;
+  FASTKD_INLINE const T* load_teacher(int64_t begin, int64_t n) {
+    return teacher_row_ ? teacher_row_ + begin
+                        : load_columns<T>(call_.teacher, row_, begin, n, work_.scratch(1));
+  }
+
+  // e_other - e_lead is kept, q - p wanted: the two agree where both sums are alike, and where
+  // Z_other falls far below Z_lead, q is lost in the rounding of e_lead. So the frame of `other` is
+  // moved to where the sums seen so far are alike.
+  FASTKD_INLINE void balance() {
+    constexpr double kAlike = 8;
+    const double lead = sums_.lead, other = sums_.other;
+    if (!(lead > kAlike * other || other > kAlike * lead)) return;
+    Frame<T> frame = sums_.frame;
+    frame.other += static_cast<T>(std::log(other / lead) / inverse_.other);
+    if (lead > 0 && other > 0 && std::isfinite(frame.other) && std::isfinite(frame.lead)) {
+      sums_.move(frame, inverse_);
     }
+  }
+
+  // After moves: what was read too early for the frame that the row came to, mostly its first chunk
+  // or none. Where the sums have to be exact, because the rows turned out to agree, all of it.
+  FASTKD_INLINE void read_again(bool& valid) {
+    constexpr double kTolerable = 8;  // costs three bits of q at worst
+    const bool all = sums_.cross / sums_.lead + std::log(sums_.other / sums_.lead) < 0.01;
+    const bool kept = keep_ == Keep::kForward || keep_ == Keep::kMixture;
+    if (all) sums_ = {.frame = sums_.frame};
+    for (int64_t begin = 0, index = 0; begin < vocab_ && (all || kept); begin += kChunk, ++index) {
+      Frame<T>& frame = work_.soft_frames()[index];
+      if (!all) {
+        const Scales scale = scales(frame);
+        if (!(scale.other > kTolerable * scale.lead)) continue;
+      }
+      const int64_t n = std::min(kChunk, vocab_ - begin);
+      const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
+      const Sums<T> chunk = read_soft(student, load_teacher(begin, n), begin, n, valid);
+      if (all) sums_.add(chunk);
+      frame = sums_.frame;
+    }
+  }
+
+  FASTKD_INLINE Frame<T> frame_of(const T* student, const T* teacher, int64_t n) const {
+    const T of_student = maximum(student, n), of_teacher = maximum(teacher, n);
+    return reverse_ ? Frame<T>{of_student, of_teacher} : Frame<T>{of_teacher, of_student};
+  }
+
+  // The threshold of the classes kept, and a frame: the teacher's largest logit and the student's
+  // beside it. False where a NaN leaves the teacher without an order.
+  FASTKD_INLINE bool prune() {
+    teacher_row_ = load_columns<T>(call_.teacher, row_, 0, vocab_, work_.teacher());
+    if (has_nan(teacher_row_, vocab_)) return false;
+    threshold_ = kth_largest(teacher_row_, vocab_, call_.keep, work_.a());
+    const T top = maximum(teacher_row_, vocab_);
+    const int64_t at = std::find(teacher_row_, teacher_row_ + vocab_, top) - teacher_row_;
+    T beside;
+    beside = *load_columns<T>(call_.student, row_, at, 1, &beside);
+    sums_.frame = reverse_ ? Frame<T>{beside, top} : Frame<T>{top, beside};
+    return true;
+  }
+
+  // The sums of one chunk in the row's frame, its exponentials to the buffers.
+  FASTKD_INLINE Sums<T> read_soft(const T* student, const T* teacher, int64_t begin, int64_t n,
+                                  bool& valid) {
     Sums<T> chunk;
+    guarded_ |= !std::isfinite(sums_.frame.lead) || !std::isfinite(sums_.frame.other);
     if (!guarded_) {
-      chunk = run_exponentials<false>(lead, other, begin, n);
-      if (outgrown(chunk.max)) {
-        chunk = run_exponentials<false>(lead, other, begin, n);
+      chunk = run_exponentials(student, teacher, begin, n);
+      if (chunk.too_high && outgrown(frame_of(student, teacher, n))) {
+        chunk = run_exponentials(student, teacher, begin, n);
       }
       guarded_ = !std::isfinite(chunk.excess) || !std::isfinite(chunk.lead + chunk.other);
+      if (chunk.probe != 0) valid &= !has_nan(student, n);
     }
     if (guarded_) {
-      outgrown({maximum(lead, n), maximum(other, n)});
-      chunk = run_exponentials<true>(lead, other, begin, n);
+      if (pruned_) {
+        valid &= !has_nan(student, n);
+        mask(student, teacher, n, threshold_, work_.scratch(2), work_.scratch(3));
+        student = work_.scratch(2), teacher = work_.scratch(3);
+      }
+      outgrown(frame_of(student, teacher, n));
+      chunk = run_guarded(reverse_ ? student : teacher, reverse_ ? teacher : student, begin, n);
     }
-    sums_.add(chunk);
+    return chunk;
   }
 
   // Moves the row to a new frame where a chunk's maximum is far above the old one.
   FASTKD_INLINE bool outgrown(Frame<T> max) {
-    constexpr T kFar = 24;  // e < 2^35: far from overflow, also when squared
+    constexpr T kFar = 20;  // e < 2^29; with e_lead >= 2^-80, their ratio stays below 2^115
     const Frame<T> old = sums_.frame;
-    Frame<T> frame = old;
-    if ((max.lead - old.lead) * inverse_.lead > kFar || !(old.lead > -kInf<T>)) frame.lead = max.lead;
-    if ((max.other - old.other) * inverse_.other > kFar || !(old.other > -kInf<T>)) {
-      frame.other = max.other;
-    }
+    const auto grow = [](T old, T max, T inverse) __attribute__((always_inline)) {
+      return (max - old) * inverse > kFar || !(old > -kInf<T>) ? max : old;
+    };
+    const Frame<T> frame{grow(old.lead, max.lead, inverse_.lead),
+                         grow(old.other, max.other, inverse_.other)};
     if (frame.lead == old.lead && frame.other == old.other) return false;
     sums_.move(frame, inverse_);
     return true;
   }
 
-  template <bool kGuarded>
-  FASTKD_INLINE Sums<T> run_exponentials(const T* lead, const T* other, int64_t begin, int64_t n) {
-    Frame<T> frame = sums_.frame;  // a side without a finite logit so far: any frame serves
-    if (kGuarded && frame.lead == -kInf<T>) frame.lead = 0;
-    if (kGuarded && frame.other == -kInf<T>) frame.other = 0;
+  FASTKD_INLINE Sums<T> run_exponentials(const T* student, const T* teacher, int64_t begin,
+                                         int64_t n) {
     T *a = work_.a() + begin, *b = work_.b() + begin;
-    const auto run = [&]<Keep kKeep>() __attribute__((always_inline)) {
+    const auto run = [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>()
+                         __attribute__((always_inline)) {
+      const T* lead = kTeacherLeads ? teacher : student;
+      const T* other = kTeacherLeads ? student : teacher;
       return inverse_.same()
-                 ? exponentials<kKeep, kGuarded, true>(lead, other, n, frame, inverse_, a, b)
-                 : exponentials<kKeep, kGuarded, false>(lead, other, n, frame, inverse_, a, b);
+                 ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
+                       lead, other, n, sums_.frame, inverse_, threshold_, a, b)
+                 : exponentials<kKeep, kPruned, kTeacherLeads, false>(
+                       lead, other, n, sums_.frame, inverse_, threshold_, a, b);
+    };
+    const auto pick = [&]<Keep kKeep, bool kTeacherLeads>() __attribute__((always_inline)) {
+      return pruned_ ? run.template operator()<kKeep, kTeacherLeads, true>()
+                     : run.template operator()<kKeep, kTeacherLeads, false>();
     };
     switch (keep_) {
       case Keep::kForward:
-        return run.template operator()<Keep::kForward>();
-      case Keep::kReverse:
-        return run.template operator()<Keep::kReverse>();
       case Keep::kMixture:
-        return run.template operator()<Keep::kMixture>();
+        return pick.template operator()<Keep::kForward, true>();
+      case Keep::kReverse:
+        return pick.template operator()<Keep::kReverse, false>();
       default:
-        return run.template operator()<Keep::kNothing>();
+        return reverse_ ? pick.template operator()<Keep::kNothing, false>()
+                        : pick.template operator()<Keep::kNothing, true>();
+    }
+  }
+
+  FASTKD_INLINE Sums<T> run_guarded(const T* lead, const T* other, int64_t begin, int64_t n) {
+    Frame<T> frame = sums_.frame;  // a side without a finite logit so far: any frame serves
+    if (frame.lead == -kInf<T>) frame.lead = 0;
+    if (frame.other == -kInf<T>) frame.other = 0;
+    T *a = work_.a() + begin, *b = work_.b() + begin;
+    switch (keep_) {
+      case Keep::kForward:
+        return exponentials_guarded<Keep::kForward>(lead, other, n, frame, inverse_, a, b);
+      case Keep::kReverse:
+        return exponentials_guarded<Keep::kReverse>(lead, other, n, frame, inverse_, a, b);
+      case Keep::kMixture:
+        return exponentials_guarded<Keep::kMixture>(lead, other, n, frame, inverse_, a, b);
+      default:
+        return exponentials_guarded<Keep::kNothing>(lead, other, n, frame, inverse_, a, b);
     }
   }
 
@@ -237,7 +315,7 @@ class Row {
     T* e = wants_gradient() && hard_weight_ != 0 ? work_.h() + begin : nullptr;
     if (begin == 0) hard_frame_ = maximum(student, n);
     Sum<T> chunk = exponential(student, n, hard_frame_, T(1), e);
-    if (chunk.max - hard_frame_ > 24 || !(hard_frame_ > -kInf<T>)) {
+    if (chunk.max - hard_frame_ > 20 || !(hard_frame_ > -kInf<T>)) {
       if (chunk.max > hard_frame_) {
         hard_sum_ *= std::exp(double{hard_frame_} - double{chunk.max});
         hard_frame_ = chunk.max;
@@ -259,16 +337,17 @@ class Row {
     T a, b, h;
   };
 
-  FASTKD_INLINE T finish_soft(bool mixed, bool reverse, Coefficients& gradient) {
+  FASTKD_INLINE T finish_soft(Coefficients& gradient) {
     // `other` and `difference` were rounded apart from each other: one has to follow.
     double ratio = sums_.difference / sums_.lead;  // Z_other / Z_lead - 1
-    if (std::fabs(ratio) < 0.5) {
+    const bool alike = !sums_.inexact && std::fabs(ratio) < 0.5;
+    if (alike) {
       sums_.other = sums_.lead * (1 + ratio);
     } else {
       ratio = sums_.other / sums_.lead - 1;
     }
     gradient.log_ratio = std::fabs(ratio) < 0.5 ? std::log1p(ratio) : std::log(1 + ratio);
-    if (mixed) {
+    if (mixed_) {
       Mixture<double> total;
       for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
         const int64_t n = std::min(kChunk, vocab_ - begin);
@@ -286,12 +365,18 @@ class Row {
     } else if (sums_.forbidden) {
       gradient.divergence = kInf<double>;
     } else {
-      // excess / Z_lead + ln(1 + ratio) - ratio; the bracket by its series where it would cancel.
+      // E[x] + ln(1 + ratio), or, where that would cancel, with excess = cross + ratio Z_lead:
+      // excess / Z_lead + ln(1 + ratio) - ratio, the difference by its series.
       const double r = ratio;
-      const double bracket =
-          std::fabs(r) < 1e-3 ? -r * r * (0.5 - r * (1.0 / 3 - r * (0.25 - r * 0.2)))
-                              : gradient.log_ratio - r;
-      gradient.divergence = std::fmax(sums_.excess / sums_.lead + bracket, 0.0);
+      if (!alike) {
+        gradient.divergence = sums_.cross / sums_.lead + gradient.log_ratio;
+      } else {
+        const double bracket =
+            std::fabs(r) < 1e-3 ? -r * r * (0.5 - r * (1.0 / 3 - r * (0.25 - r * 0.2)))
+                                : gradient.log_ratio - r;
+        gradient.divergence = sums_.excess / sums_.lead + bracket;
+      }
+      gradient.divergence = std::fmax(gradient.divergence, 0.0);
     }
     return static_cast<T>(gradient.divergence);
   }
@@ -308,18 +393,17 @@ class Row {
 
   // Forward: q - p = scale.other (a + b) - scale.lead a. Reverse: q (ln(q/p) - D) with
   // ln(q/p) = x + shift + log_ratio. Mixture: (1 - beta) q (ln(q/m) - KL(q || m)).
-  FASTKD_INLINE Factors coefficients(int64_t index, bool mixed, bool reverse,
-                                     const Coefficients& gradient) const {
+  FASTKD_INLINE Factors coefficients(int64_t index, const Coefficients& gradient) const {
     Factors factors{0, 0, 0};
     const double weight = double{soft_weight_} * student_inverse_;
     if (soft_weight_ != 0) {
       const Frame<T> frame = work_.soft_frames()[index];
       const Scales scale = scales(frame);
       double a = 0, b = 0;
-      if (mixed) {
+      if (mixed_) {
         b = (1 - call_.beta) * weight;
         a = -b * gradient.from_student + (share_ ? double{hard_weight_} : 0.0);
-      } else if (!reverse) {
+      } else if (!reverse_) {
         const double hard = share_ ? double{hard_weight_} * scale.other : 0.0;
         a = weight * (scale.other - scale.lead) + hard;
         b = weight * scale.other + hard;
@@ -340,14 +424,14 @@ class Row {
     return factors;
   }
 
-  FASTKD_INLINE void write_gradient(bool mixed, bool reverse, const Coefficients& gradient) {
+  FASTKD_INLINE void write_gradient(const Coefficients& gradient) {
     dispatch(call_.dstudent.dtype, [&](auto* stored) __attribute__((always_inline)) {
       using Out = std::remove_pointer_t<decltype(stored)>;
       Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
       const bool own_hard = hard_weight_ != 0 && !share_;
       for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
         const int64_t n = std::min(kChunk, vocab_ - begin);
-        const Factors f = coefficients(index, mixed, reverse, gradient);
+        const Factors f = coefficients(index, gradient);
         const T *a = work_.a() + begin, *b = work_.b() + begin, *h = work_.h() + begin;
         if (soft_weight_ == 0) {
           combine<false, true>(a, b, h, n, f.a, f.b, f.h, out + begin);
@@ -385,9 +469,12 @@ class Row {
   const int64_t row_, vocab_;
   T student_inverse_, teacher_inverse_, soft_weight_, hard_weight_;
   Temperatures<T> inverse_;
+  bool reverse_ = false, mixed_ = false, pruned_ = false;
   Keep keep_ = Keep::kNothing;
+  const T* teacher_row_ = nullptr;  // converted whole, where classes are pruned
+  T threshold_ = 0;                 // the smallest teacher logit kept
   bool share_ = false;    // the hard term uses the soft term's exponentials
-  bool guarded_ = false;  // an infinity was met in this row, or classes are pruned
+  bool guarded_ = false;  // an infinity was met in this row
   RowSums<T> sums_;
   double hard_sum_ = 0;
   T hard_frame_ = -kInf<T>;

@@ -17,28 +17,81 @@ constexpr T kLog2E = static_cast<T>(1.442695040888963407);
 template <class T>
 constexpr T kLn2 = static_cast<T>(0.6931471805599453094);
 
-// 2^u for u < 127, 0 below -126; relative error 1.4e-7. NaN stays NaN.
-FASTKD_INLINE float exp2_(float u) {
-  constexpr float kShift = 0x1.8p23f + 127;  // the sum's low bits are the rounded u, plus the bias
-  u = u < -127.0f ? -127.0f : u;
-  const float shifted = u + kShift;
-  const float f = u - (shifted - kShift);  // in [-1/2, 1/2]
-  const float f2 = f * f;
-  const float p0 = 0.693146978f * f + 1.0f;
-  const float p1 = 0.0555073376f * f + 0.240222421f;
-  const float p2 = 0.00132647242f * f + 0.00967151324f;
-  return ((p2 * f2 + p1) * f2 + p0) * from_bits(to_bits(shifted) << 23);
-}
-FASTKD_INLINE double exp2_(double u) { return std::exp2(u); }
+// Adding it leaves u rounded to an integer in the low bits of the sum, as a two's complement.
+constexpr float kRound = 0x1.8p23f;
+constexpr int32_t kRoundBits = 0x4b400000;
 
-// phi(x) = x + exp(-x) - 1 >= 0 for |x| < 1/4, where the sum as written would cancel.
-FASTKD_INLINE float phi_small(float x) {
-  const float x2 = x * x;
-  const float high = -0.0083488485f * x + 0.0416665879f;
-  const float low = -0.166666424f * x + 0.5f;
-  return x2 * ((0.00139160386f * x2 + high) * x2 + low);
+// 2^f for f in [-1/2, 1/2]; relative error 1e-7.
+FASTKD_INLINE float exp2_fraction(float f) {
+  float p = 0.00132647242f * f + 0.00967151324f;
+  p = p * f + 0.0555073376f;
+  p = p * f + 0.240222421f;
+  p = p * f + 0.693146978f;
+  return p * f + 1.0f;
 }
-FASTKD_INLINE double phi_small(double x) { return x + std::expm1(-x); }
+
+// 2^u for u < 127, 0 below -126. NaN stays NaN.
+FASTKD_INLINE float exp2_flushed(float u) {
+  u = u < -127.0f ? -127.0f : u;
+  const float rounded = u + (kRound + 127.0f);
+  const float f = u - (rounded - (kRound + 127.0f));
+  return exp2_fraction(f) * from_bits(to_bits(rounded) << 23);
+}
+FASTKD_INLINE double exp2_flushed(double u) { return std::exp2(u); }
+
+// How large an exponent was: comparable, its zero at u = 0.
+template <class T>
+struct Level {
+  using Type = int32_t;
+  static constexpr Type kZero = kRoundBits;
+};
+template <>
+struct Level<double> {
+  using Type = double;
+  static constexpr Type kZero = 0;
+};
+
+// 2^u for -126 <= u < 127. NaN stays NaN, with a level above all others.
+template <class T>
+struct Exponential {
+  T value;
+  typename Level<T>::Type level;
+};
+FASTKD_INLINE Exponential<float> exp2_normal(float u) {
+  const float rounded = u + kRound;
+  const float p = exp2_fraction(u - (rounded - kRound));
+  return {from_bits(to_bits(p) + (to_bits(rounded) << 23)),
+          static_cast<int32_t>(to_bits(rounded))};
+}
+FASTKD_INLINE Exponential<double> exp2_normal(double u) { return {std::exp2(u), u}; }
+
+// 2^y, 2^y - 1 relative to its own size also near y = 0, and phi(x) = x + exp(-x) - 1 >= 0 for x =
+// -y ln 2 also where the sum as written would cancel; for y < 127.
+template <class T>
+struct Ratio {
+  T exp2, minus_one, phi;
+  typename Level<T>::Type level;
+};
+FASTKD_INLINE Ratio<float> ratio(float y) {
+  const float rounded = y + (kRound + 127.0f);
+  const float f = y - (rounded - (kRound + 127.0f));
+  const float f2 = f * f;
+  const float q1 = 0.0555073376f * f + 0.240222421f;
+  const float q2 = 0.00132647242f * f + 0.00967151324f;
+  const float phi = (q2 * f2 + q1) * f2;          // 2^f - 1 - f ln 2
+  const float fraction = 0.693146978f * f + phi;  // 2^f - 1
+  const int32_t bits = static_cast<int32_t>(to_bits(rounded));
+  // Whatever rounds below -127 becomes 2^-127, whose bits are those of 0.
+  const int32_t held = bits > kRoundBits ? bits : kRoundBits;
+  const float power = from_bits(static_cast<uint32_t>(held) << 23);
+  const float minus_one = power * fraction + (power - 1.0f);
+  return {power * fraction + power, minus_one,
+          bits == kRoundBits + 127 ? phi : minus_one - y * kLn2<float>, bits - 127};
+}
+FASTKD_INLINE Ratio<double> ratio(double y) {
+  const double x = -y * kLn2<double>, minus_one = std::expm1(-x);
+  return {std::exp2(y), minus_one, x + minus_one, y};
+}
 
 struct LogTerms {
   float log;     // ln(1 + y)
