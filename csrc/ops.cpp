@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -52,6 +56,20 @@ void parallel_rows(int64_t N, int64_t V, const Work& work) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
 }
 
+// A large gradient is fresh memory, and its first touch one fault per page: with pages of 4 KiB that
+// cost more than the loss itself (1.3 of 2.1 ns per float32 pair). Only advice, and only where the
+// memory is whole pages of its own.
+void advise_huge_pages(const Rows& rows, int64_t N) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 4096, kWorthwhile = 8 << 20;
+  constexpr int64_t kSizes[] = {4, 2, 2, 8};  // by DType
+  const int64_t bytes = N * rows.width * kSizes[static_cast<int>(rows.dtype)];
+  if (bytes < kWorthwhile) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(rows.data) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(bytes - kPage), MADV_HUGEPAGE);
+#endif
+}
+
 const void* data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }
@@ -64,8 +82,12 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   KdRows call;
   call.student = rows(student);
   call.teacher = rows(teacher);
-  if (dstudent) call.dstudent = rows(*dstudent);
   call.N = student.size(0) * student.size(1);
+  if (dstudent) {
+    call.dstudent = rows(*dstudent);
+    const bool inplace = call.dstudent.data == call.student.data;
+    if (!inplace && dstudent->is_contiguous()) advise_huge_pages(call.dstudent, call.N);
+  }
   call.keep = keep;
   call.vocab_size = vocab_size;
   call.beta = beta;

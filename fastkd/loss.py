@@ -33,6 +33,58 @@ class KDLossOutput(NamedTuple):
     hard: Tensor | None
 
 
+def _inverse_and_square(
+    temperature: float | Tensor, logits: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float | Tensor]:
+    """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
+    if not isinstance(temperature, Tensor):
+        N = logits.shape[:-1].numel()
+        inverse = torch.full((N,), 1 / temperature, dtype=dtype, device=logits.device)
+        return inverse, temperature * temperature
+    temperature = temperature.detach().to(dtype)
+    usable = (temperature > 0) & (temperature < torch.inf)
+    return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
+
+
+def _row_scales(
+    like: Tensor,  # [N]
+    squared_temperature: float | Tensor,  # [N]
+    counting: Tensor | None,  # [N] bool
+    token_weights: Tensor | None,  # [N]
+    num_items: float | Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """What a row's soft and hard term count in the loss, before alpha: the one place of policy.
+
+    scale_r = token_weight_r / divisor, for the soft term times T_r^2, and 0 where r does not count:
+    selected there, not multiplied, for an ignored row may carry a NaN.
+    """
+    divisor: float | Tensor = 1.0
+    if reduction == "batchmean":
+        if num_items is not None:
+            divisor = num_items.detach().to(like.dtype) if isinstance(num_items, Tensor) else num_items
+        elif counting is not None:
+            divisor = counting.sum().clamp_min(1).to(like.dtype)
+        else:
+            divisor = max(like.shape[0], 1)
+    if counting is None and token_weights is None:
+        if isinstance(divisor, Tensor):
+            hard = torch.ones_like(like) / divisor
+        else:
+            hard = torch.full_like(like, 1 / divisor)
+    else:
+        weights = counting if token_weights is None else token_weights.detach()
+        assert weights is not None
+        hard = weights.to(like.dtype)
+        if counting is not None and token_weights is not None:
+            hard = torch.where(counting, hard, 0)
+        if isinstance(divisor, Tensor) or divisor != 1:
+            hard = hard / divisor
+    if isinstance(squared_temperature, Tensor):
+        return torch.where(hard == 0, 0, hard * squared_temperature), hard
+    return (hard if squared_temperature == 1 else hard * squared_temperature), hard
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -129,61 +181,28 @@ def kd_loss(
     if inplace:
         check_inplace(student_logits)
 
-    dtype, device = compute_dtype(student_logits, teacher_logits), student_logits.device
-    N = student_logits.shape[:-1].numel()
-
-    def per_row(value: float) -> Tensor:
-        return torch.full((N,), value, dtype=dtype, device=device)
-
-    def inverse(temperature: float | Tensor) -> Tensor:
-        if not isinstance(temperature, Tensor):
-            return per_row(1 / temperature)
-        temperature = temperature.detach().to(dtype)
-        usable = (temperature > 0) & (temperature < torch.inf)
-        return torch.where(usable, 1 / temperature, torch.nan)
-
-    # What a row's terms count in the reduced loss: token weight, mask and mean, before alpha, T^2.
-    row_weight: Tensor | None = None
-    divisor: float | Tensor = 1.0
+    dtype = compute_dtype(student_logits, teacher_logits)
+    student_inverse, squared = _inverse_and_square(temperature, student_logits, dtype)
+    teacher_inverse = student_inverse
+    if teacher_temperature is not None:
+        teacher_inverse, _ = _inverse_and_square(teacher_temperature, student_logits, dtype)
     counting = None if labels is None else labels != ignore_index
-    if reduction == "batchmean":
-        if num_items is not None:
-            divisor = num_items.detach().to(dtype) if isinstance(num_items, Tensor) else num_items
-        else:
-            divisor = max(N, 1) if counting is None else counting.sum().clamp_min(1).to(dtype)
-    if counting is not None:
-        row_weight = counting.to(dtype)
-    if token_weights is not None:
-        weights = token_weights.detach().to(dtype)
-        # Selected, not multiplied: an ignored row may carry a NaN weight.
-        row_weight = weights if counting is None else torch.where(counting, weights, 0)
-    if row_weight is None:
-        row_weight = per_row(1 / divisor) if not isinstance(divisor, Tensor) else 1 / divisor
-        row_weight = row_weight.expand(N).contiguous()
-    elif isinstance(divisor, Tensor) or divisor != 1:
-        row_weight = row_weight / divisor
-
-    if isinstance(temperature, Tensor):
-        squared = temperature.detach().to(dtype).square()
-        soft_scale = torch.where(row_weight == 0, 0, row_weight * squared)
-    else:
-        soft_scale = row_weight if temperature == 1 else row_weight * temperature**2
-
-    student_inverse = inverse(temperature)
+    soft_scale, hard_scale = _row_scales(
+        student_inverse, squared, counting, token_weights, num_items, reduction
+    )
     request = ops.Request(
         teacher=teacher_logits,
         labels=labels,
         student_inv_temperature=student_inverse,
-        teacher_inv_temperature=(
-            student_inverse if teacher_temperature is None else inverse(teacher_temperature)
-        ),
+        teacher_inv_temperature=teacher_inverse,
         soft_scale=soft_scale if alpha > 0 or return_terms else None,
-        hard_scale=row_weight if labels is not None and (alpha < 1 or return_terms) else None,
+        hard_scale=hard_scale if labels is not None and (alpha < 1 or return_terms) else None,
         alpha=float(alpha),
         keep=keep,
         vocab_size=vocab,
         beta=float(beta),
         per_row=reduction == "none",
+        terms=return_terms,
         inplace=inplace,
         suffix=ops.choose_backend(backend, student_logits),
     )

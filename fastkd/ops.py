@@ -51,38 +51,23 @@ if _HAS_NATIVE:
     from . import _C  # noqa: F401  registers the CPU kernels
 
 
-def _why_not_cuda(tensor: Tensor | None) -> list[str]:
-    reasons = ["fastkd._C_cuda, the module with the CUDA kernels, is not part of this installation"]
-    if torch.version.cuda is None:
-        reasons.append(f"torch {torch.__version__} is built without CUDA")
-    if tensor is not None and tensor.device.type != "cuda":
-        reasons.append(f"the logits are on {tensor.device}, not on a CUDA device")
-    return reasons
+class Backend(NamedTuple):
+    suffix: str  # of its ops
+    missing: list[str]  # why it cannot run on this machine, whatever the tensors
+    device: str | None = None  # the device type it takes; None: any
 
 
-def _why_not_triton(tensor: Tensor | None) -> list[str]:
-    return ["this version of fastkd has no Triton kernels"]
+_NO_CUDA = ["fastkd._C_cuda, the module with the CUDA kernels, is not part of this installation"]
+if torch.version.cuda is None:
+    _NO_CUDA.append(f"torch {torch.__version__} is built without CUDA")
 
-
-def _why_not_cpu(tensor: Tensor | None) -> list[str]:
-    reasons = []
-    if not _HAS_NATIVE:
-        reasons.append("fastkd._C, the module with the CPU kernels, is not built: pip install .")
-    if tensor is not None and tensor.device.type != "cpu":
-        reasons.append(f"the logits are on {tensor.device}, not on the CPU")
-    return reasons
-
-
-def _why_not_reference(tensor: Tensor | None) -> list[str]:
-    return []
-
-
-# In the order "auto" tries them: (suffix of the ops, reasons against for a tensor or in general).
-_BACKENDS: dict[str, tuple[str, Callable[[Tensor | None], list[str]]]] = {
-    "cuda": ("", _why_not_cuda),
-    "triton": ("_triton", _why_not_triton),
-    "cpu": ("", _why_not_cpu),
-    "reference": ("_reference", _why_not_reference),
+_BACKENDS = {  # in the order in which "auto" tries them
+    "cuda": Backend("", _NO_CUDA, "cuda"),
+    "triton": Backend("_triton", ["this version of fastkd has no Triton kernels"]),
+    "cpu": Backend(
+        "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"
+    ),
+    "reference": Backend("_reference", []),
 }
 
 
@@ -92,34 +77,30 @@ def backends() -> dict[str, list[str]]:
     >>> fastkd.backends()["cpu"]
     []
     """
-    return {name: why_not(None) for name, (_, why_not) in _BACKENDS.items()}
+    return {name: list(backend.missing) for name, backend in _BACKENDS.items()}
 
 
-def choose_backend(backend: str, student: Tensor) -> str:
+def choose_backend(name: str, student: Tensor) -> str:
     """The suffix of the ops of the backend that will run: the first that can, or the one asked for.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend asked for cannot run; the message holds every reason.
     """
-    if backend == "auto":
-        return next(suffix for suffix, why_not in _BACKENDS.values() if not why_not(student))
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {backend!r}")
-    suffix, why_not = _BACKENDS[backend]
-    reasons = why_not(student)
+    device = student.device.type
+    if name == "auto":
+        for backend in _BACKENDS.values():
+            if not backend.missing and backend.device in (None, device):
+                return backend.suffix
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
+    backend = _BACKENDS[name]
+    reasons = list(backend.missing)
+    if backend.device not in (None, device):
+        reasons.append(f"the logits are on {student.device}, not on a {backend.device} device")
     if reasons:
-        raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
-    return suffix
-
-
-def _rows_are_a_view(logits: Tensor) -> bool:
-    """Whether `as_rows` needs no copy: stride 1 in V, and two strides that describe the rows."""
-    size, stride = logits.shape, logits.stride()
-    if stride[-1] != 1 and size[-1] > 1:
-        return False
-    outer = [(n, s) for n, s in zip(size[:-2], stride[:-2], strict=True) if n != 1]
-    return all(s == n1 * s1 for (_, s), (n1, s1) in zip(outer, outer[1:], strict=False))
+        raise RuntimeError(f"backend {name!r} cannot run here: " + "; ".join(reasons))
+    return backend.suffix
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -128,11 +109,25 @@ def as_rows(logits: Tensor) -> Tensor:
     Three dimensions, not two, so that ``logits[:, :-1]`` of a [batch, sequence, V] tensor needs no
     copy.
     """
-    if not _rows_are_a_view(logits):
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         logits = logits.contiguous()
-    if logits.dim() > 3:
+    dim = logits.dim()
+    if dim == 2:
+        return logits.unsqueeze(0)
+    if dim > 3:
         return logits.flatten(0, -3)
-    return logits[(None,) * (3 - logits.dim())]
+    return logits if dim == 3 else logits.view(1, 1, -1)
+
+
+def _is_view(rows: Tensor, logits: Tensor) -> bool:
+    """Whether `as_rows` made `rows` without a copy: then they have the strides of `logits`."""
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        return False
+    if logits.dim() <= 3:
+        return True
+    sizes, strides = logits.shape[:-2], logits.stride()[:-2]
+    outer = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
+    return all(s == n1 * s1 for (_, s), (n1, s1) in zip(outer, outer[1:], strict=False))
 
 
 class Request(NamedTuple):
@@ -149,6 +144,7 @@ class Request(NamedTuple):
     vocab_size: int
     beta: float
     per_row: bool  # reduction "none"
+    terms: bool  # return soft and hard too
     inplace: bool
     suffix: str  # of the backend's ops
 
@@ -184,19 +180,26 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
         scale = _float16_scale(request.student_inv_temperature, soft_weight, hard_weight)
         soft_weight = None if soft_weight is None else soft_weight * scale
         hard_weight = None if hard_weight is None else hard_weight * scale
+    student_rows = as_rows(student)
+    dstudent_rows = None
+    if dstudent is not None:
+        dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
     soft, hard = getattr(torch.ops.fastkd, "kd_rows" + request.suffix)(
-        as_rows(student),
+        student_rows,
         as_rows(request.teacher),
         request.labels,
         request.student_inv_temperature,
         request.teacher_inv_temperature,
         soft_weight,
         hard_weight,
-        None if dstudent is None else as_rows(dstudent),
+        dstudent_rows,
         request.keep,
         request.vocab_size,
         request.beta,
     )
+
+    if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
+        student.copy_(dstudent_rows.view_as(student))
 
     def reduce(rows: Tensor, scale: Tensor | None) -> Tensor | None:
         if scale is None:
@@ -237,7 +240,9 @@ class _KDTerms(torch.autograd.Function):
         ctx.save_for_backward(dstudent)
         ctx.request, ctx.spent = request, False
         ctx.set_materialize_grads(False)
-        soft, hard = (None if term is None else term.clone() if term is loss else term for term in (soft, hard))
+        if not request.terms:
+            return loss, None, None
+        soft, hard = (term.clone() if term is loss else term for term in (soft, hard))
         ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
         return loss, soft, hard
 
@@ -261,7 +266,10 @@ class _KDTerms(torch.autograd.Function):
             return (dstudent * dloss).to(dstudent.dtype), None
         ctx.spent = ctx.request.inplace
         scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.request.suffix}_")
-        scale_rows_(as_rows(dstudent), dloss.reshape(-1).contiguous())
+        rows = as_rows(dstudent)
+        scale_rows_(rows, dloss.reshape(-1).contiguous())
+        if not _is_view(rows, dstudent):
+            dstudent.copy_(rows.view_as(dstudent))
         return dstudent, None
 
 

@@ -106,21 +106,21 @@ FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
 
 // The same for any logits, with two exponentials; pruned classes come as -inf in both. What is kept
 // is 0 where both are -inf, and for the forward divergence where the other is.
-template <Keep kKeep, class T>
+template <Keep kKeep, bool kSameTemperature, class T>
 FASTKD_INLINE Sums<T> exponentials_guarded(const T* __restrict lead, const T* __restrict other,
                                            int64_t n, Frame<T> frame, Temperatures<T> inverse,
                                            T* __restrict a, T* __restrict b) {
   constexpr T kHuge = sizeof(T) == 4 ? T(1e30) : T(1e300);
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   const T shift = frame.other - frame.lead;
-  const bool same = inverse.same();
   T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, forbidden = 0;
 #pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, forbidden)
   for (int64_t i = 0; i < n; ++i) {
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
     const T e_lead = exp2_flushed(u_lead), e_other = exp2_flushed(u_other);
-    const T x = clamp(same ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
+    const T x = clamp(
+        kSameTemperature ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
     const bool small = (x < 0 ? -x : x) < T(0.25);
     const Ratio<T> to_other = ratio(small ? x * -kLog2E<T> : T(0));
     const T difference = small ? e_lead * to_other.minus_one : e_other - e_lead;
@@ -169,7 +169,7 @@ FASTKD_INLINE Sum<T> exponential(const T* __restrict logits, int64_t n, T frame,
 }
 
 template <class T>
-FASTKD_INLINE T maximum(const T* __restrict values, int64_t n) {
+FASTKD_INLINE T maximum(const T* __restrict values, int64_t n) {  // passes over NaN
   T max = -kInf<T>;
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < n; ++i) max = max < values[i] ? values[i] : max;

@@ -212,17 +212,21 @@ class Row {
     return reverse_ ? Frame<T>{of_student, of_teacher} : Frame<T>{of_teacher, of_student};
   }
 
-  // The threshold of the classes kept, and a frame: the teacher's largest logit and the student's
-  // beside it. False where a NaN leaves the teacher without an order.
+  // The threshold of the classes kept, and a frame: the logits of both sides where the teacher is
+  // large. False where a NaN leaves the teacher without an order.
   FASTKD_INLINE bool prune() {
     teacher_row_ = load_columns<T>(call_.teacher, row_, 0, vocab_, work_.teacher());
     if (has_nan(teacher_row_, vocab_)) return false;
     threshold_ = kth_largest(teacher_row_, vocab_, call_.keep, work_.a());
-    const T top = maximum(teacher_row_, vocab_);
-    const int64_t at = std::find(teacher_row_, teacher_row_ + vocab_, top) - teacher_row_;
+    int64_t top = 0;
+    const int64_t stride = vocab_ / 1024 + 1;
+    for (int64_t i = 0; i < vocab_; i += stride) {
+      if (teacher_row_[i] > teacher_row_[top]) top = i;
+    }
     T beside;
-    beside = *load_columns<T>(call_.student, row_, at, 1, &beside);
-    sums_.frame = reverse_ ? Frame<T>{beside, top} : Frame<T>{top, beside};
+    beside = *load_columns<T>(call_.student, row_, top, 1, &beside);
+    sums_.frame = reverse_ ? Frame<T>{beside, teacher_row_[top]}
+                           : Frame<T>{teacher_row_[top], beside};
     return true;
   }
 
@@ -299,15 +303,20 @@ class Row {
     if (frame.lead == -kInf<T>) frame.lead = 0;
     if (frame.other == -kInf<T>) frame.other = 0;
     T *a = work_.a() + begin, *b = work_.b() + begin;
+    const auto run = [&]<Keep kKeep>() __attribute__((always_inline)) {
+      return inverse_.same()
+                 ? exponentials_guarded<kKeep, true>(lead, other, n, frame, inverse_, a, b)
+                 : exponentials_guarded<kKeep, false>(lead, other, n, frame, inverse_, a, b);
+    };
     switch (keep_) {
       case Keep::kForward:
-        return exponentials_guarded<Keep::kForward>(lead, other, n, frame, inverse_, a, b);
+        return run.template operator()<Keep::kForward>();
       case Keep::kReverse:
-        return exponentials_guarded<Keep::kReverse>(lead, other, n, frame, inverse_, a, b);
+        return run.template operator()<Keep::kReverse>();
       case Keep::kMixture:
-        return exponentials_guarded<Keep::kMixture>(lead, other, n, frame, inverse_, a, b);
+        return run.template operator()<Keep::kMixture>();
       default:
-        return exponentials_guarded<Keep::kNothing>(lead, other, n, frame, inverse_, a, b);
+        return run.template operator()<Keep::kNothing>();
     }
   }
 
