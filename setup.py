@@ -1,6 +1,7 @@
 """Builds the compiled modules against libtorch's stable ABI; everything else is in pyproject.toml."""
 
 import os
+from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -30,7 +31,7 @@ setup(
     ext_modules=[
         CppExtension(
             "fastkd._C",
-            ["csrc/ops.cpp", "csrc/cpu/kernel.cpp"],
+            ["csrc/ops.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
             extra_compile_args=compile_args,
             extra_link_args=link_args,
             py_limited_api=True,

@@ -119,7 +119,9 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   call.soft = soft.data_ptr();
   call.hard = hard.data_ptr();
   parallel_rows(call.N, call.student.width,
-                [&](std::atomic<int64_t>& next) { cpu::kernels().kd_rows(call, next); });
+                [&](std::atomic<int64_t>& next) {
+                  (call.is_double ? cpu::kd_rows_double : cpu::kernels().kd_rows)(call, next);
+                });
   return {soft, hard};
 }
 

@@ -18,6 +18,9 @@ struct Kernels {
 // The widest set this processor has, or a narrower one that `limit_kernels` asked for.
 const Kernels& kernels();
 
+// The same for double.
+void kd_rows_double(const KdRows& call, std::atomic<int64_t>& next);
+
 // The sets this processor has, widest first; a null name ends them. For tests.
 const Kernels* supported_kernels(int index);
 void limit_kernels(int index);

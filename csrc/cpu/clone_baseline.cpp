@@ -1,0 +1,3 @@
+#include "clone.h"
+
+FASTKD_CLONE(baseline, __attribute__((flatten)))
