@@ -1,0 +1,8 @@
+"""fastkd against eager PyTorch and torch.compile, side by side in one run.
+
+pytest benchmarks             every case on every provider, the report, and the results as JSON
+pytest benchmarks --smoke     the same on tiny inputs in seconds: does it all still run and agree
+python -m benchmarks.report benchmarks/results/<processor>/cpu.json [--update-readme]
+
+Needs pytest, pytest-benchmark and, for torch.compile, a C++ compiler. Run it on an idle machine.
+"""

@@ -1,0 +1,62 @@
+"""What a call costs where there is nothing to compute: forward and backward of four short rows."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import fastkd
+
+from .cases import TEMPERATURE
+from .measure import Step, race, summary
+from .providers import Loss, plain
+
+N, V = 4, 32
+
+
+class _Nothing(torch.autograd.Function):
+    """A loss that computes nothing: what autograd itself costs."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.dstudent = teacher
+        return teacher.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        return ctx.dstudent, None
+
+
+def _step(loss: Loss, teacher: Tensor) -> Step:
+    def step(students: list[Tensor]) -> None:
+        for student in students:
+            loss(student, teacher).backward()
+
+    return step
+
+
+def test_overhead(benchmark: BenchmarkFixture, settings: Any, results: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaf, teacher = torch.randn(2, N, V, generator=generator)
+    leaf.requires_grad_()
+    labels = torch.randint(V, (N,), generator=generator)
+    kd_loss = partial(fastkd.kd_loss, temperature=TEMPERATURE)
+    losses: dict[str, Loss] = {
+        "fastkd": kd_loss,
+        "fastkd labels": lambda s, t: kd_loss(s, t, labels, alpha=0.5),
+        "fastkd inplace": partial(kd_loss, inplace=True),
+        "eager": partial(plain, temperature=TEMPERATURE),
+        "an autograd.Function that does nothing": _Nothing.apply,
+    }
+
+    def students() -> list[Tensor]:
+        leaf.grad = None
+        return [leaf.clone() for _ in range(settings.calls)]  # no leaves, so that inplace may write
+
+    steps = {name: _step(loss, teacher) for name, loss in losses.items()}
+    times = race(benchmark, steps, students, settings.overhead_rounds)
+    providers = {name: summary(seconds, settings.calls) for name, seconds in times.items()}
+    benchmark.extra_info.update(providers)
+    results["overhead"] = {"V": V, "N": N, "calls": settings.calls, "providers": providers}
