@@ -1,4 +1,4 @@
-"""Builds the compiled modules against libtorch's stable ABI; everything else is in pyproject.toml."""
+"""Builds the compiled modules against libtorch's stable ABI; the rest is in pyproject.toml."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# FASTKD_SANITIZE=address,undefined builds for a test run under these sanitizers (tests/sanitize.sh).
+# FASTKD_SANITIZE=address,undefined: a build for a test run under these sanitizers, by
+# tests/sanitize.sh.
 sanitize = os.environ.get("FASTKD_SANITIZE")
 sanitizers = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
 

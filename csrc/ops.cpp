@@ -49,16 +49,16 @@ Rows rows(const Tensor& tensor) {  // [A, B, V]
 template <class Work>
 void parallel_rows(int64_t N, int64_t V, const Work& work) {
   constexpr int64_t kPairsPerThread = 16384;  // about 10 us, several times the cost of waking one
-  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), N,
-                                             (N * V + kPairsPerThread - 1) / kPairsPerThread});
+  const int64_t threads = std::min<int64_t>(
+      {torch::stable::get_num_threads(), N, (N * V + kPairsPerThread - 1) / kPairsPerThread});
   std::atomic<int64_t> next{0};
   if (threads <= 1) return work(next);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
 }
 
-// A large gradient is fresh memory, and its first touch one fault per page: with pages of 4 KiB that
-// cost more than the loss itself (1.3 of 2.1 ns per float32 pair). Only advice, and only where the
-// memory is whole pages of its own.
+// A large gradient is fresh memory, and its first touch one fault per page: with pages of 4 KiB
+// that cost more than the loss itself (1.3 of 2.1 ns per float32 pair). Only advice, and only where
+// the memory is whole pages of its own.
 void advise_huge_pages(const Rows& rows, int64_t N) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = 4096, kWorthwhile = 8 << 20;
@@ -91,8 +91,7 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   call.keep = keep;
   call.vocab_size = vocab_size;
   call.beta = beta;
-  call.is_double =
-      call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
+  call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
   const auto check = [&](const Tensor& vector, DType expected) {
     STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
                     "fastkd: a per-row vector must be contiguous, [N] and of the compute dtype");
@@ -118,10 +117,9 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   Tensor hard = torch::stable::new_empty(student_inv_temperature, {call.N});
   call.soft = soft.data_ptr();
   call.hard = hard.data_ptr();
-  parallel_rows(call.N, call.student.width,
-                [&](std::atomic<int64_t>& next) {
-                  (call.is_double ? cpu::kd_rows_double : cpu::kernels().kd_rows)(call, next);
-                });
+  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
+    (call.is_double ? cpu::kd_rows_double : cpu::kernels().kd_rows)(call, next);
+  });
   return {soft, hard};
 }
 
@@ -152,9 +150,7 @@ std::string cpu_instruction_set(int64_t index) {
 }  // namespace
 }  // namespace fastkd
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
-  m.def("cpu_instruction_set(int index) -> str");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) { m.def("cpu_instruction_set(int index) -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&fastkd::cpu_instruction_set));

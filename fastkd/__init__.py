@@ -2,6 +2,6 @@
 
 from .loss import KDLoss, KDLossOutput, kd_loss
 from .ops import backends
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["KDLoss", "KDLossOutput", "backends", "kd_loss"]
+__all__ = ["KDLoss", "KDLossOutput", "__version__", "backends", "kd_loss"]

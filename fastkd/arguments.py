@@ -1,4 +1,4 @@
-"""Argument checks shared by every public loss: in Python, before any kernel, for every backend alike.
+"""Argument checks of the public losses: in Python, before any kernel, for every backend alike.
 
 Only what the host already holds is looked at. A value that lives on another device is never read
 back: there a bad label or a bad per-row temperature makes its row NaN.
@@ -26,7 +26,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
-    """Dtypes, devices and shapes of the two logits; returns the number of classes that take part."""
+    """Dtypes, devices and shapes of the two logits; returns how many classes take part."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
@@ -142,9 +142,7 @@ def check_labels(
     return flat
 
 
-def check_temperature(
-    name: str, temperature: float | Tensor, student: Tensor
-) -> float | Tensor:
+def check_temperature(name: str, temperature: float | Tensor, student: Tensor) -> float | Tensor:
     """A finite number > 0, or a flat tensor [N] of them."""
     if not isinstance(temperature, Tensor):
         if not is_number(temperature):
@@ -194,8 +192,8 @@ def check_inplace(student: Tensor) -> None:
     base = student if student._base is None else student._base
     if base.is_leaf and base.requires_grad:
         raise ValueError(
-            "inplace=True would overwrite student_logits, which is (a view of) a leaf that requires "
-            "a gradient: pass inplace=False, or the output of the model"
+            "inplace=True would overwrite student_logits, which is (a view of) a leaf that "
+            "requires a gradient: pass inplace=False, or the output of the model"
         )
     expanded = [s for s, n in zip(student.stride(), student.shape, strict=True) if n > 1 and s == 0]
     if expanded:

@@ -62,7 +62,9 @@ def _row_scales(
     divisor: float | Tensor = 1.0
     if reduction == "batchmean":
         if num_items is not None:
-            divisor = num_items.detach().to(like.dtype) if isinstance(num_items, Tensor) else num_items
+            divisor = (
+                num_items.detach().to(like.dtype) if isinstance(num_items, Tensor) else num_items
+            )
         elif counting is not None:
             divisor = counting.sum().clamp_min(1).to(like.dtype)
         else:
@@ -255,7 +257,9 @@ class KDLoss(nn.Module):
     ) -> Tensor | KDLossOutput:
         """`options` override the attributes for this call; see :func:`kd_loss`."""
         current = {name: getattr(self, name) for name in _OPTIONS}
-        return kd_loss(student_logits, teacher_logits, labels, **{**current, **self._known(options)})
+        return kd_loss(
+            student_logits, teacher_logits, labels, **{**current, **self._known(options)}
+        )
 
     def extra_repr(self) -> str:
         changed = {name: getattr(self, name) for name in _OPTIONS}

@@ -6,7 +6,9 @@ backend asked for by name is that backend and no other.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ _define("_reference", spec.kd_rows, spec.scale_rows_)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
-    from . import _C  # noqa: F401  registers the CPU kernels
+    import_module("fastkd._C")  # registers the CPU kernels
 
 
 class Backend(NamedTuple):
@@ -127,7 +129,7 @@ def _is_view(rows: Tensor, logits: Tensor) -> bool:
         return True
     sizes, strides = logits.shape[:-2], logits.stride()[:-2]
     outer = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
-    return all(s == n1 * s1 for (_, s), (n1, s1) in zip(outer, outer[1:], strict=False))
+    return all(s == n1 * s1 for (_, s), (n1, s1) in pairwise(outer))
 
 
 class Request(NamedTuple):
@@ -226,7 +228,7 @@ def _keeps_graph() -> bool:
 
 
 class _KDTerms(torch.autograd.Function):
-    """(loss, soft, hard), with the gradient of the loss computed in forward and only scaled here."""
+    """(loss, soft, hard); forward computes the gradient of the loss, backward scales it."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, request: Request) -> Terms:
@@ -238,7 +240,9 @@ class _KDTerms(torch.autograd.Function):
         if request.inplace:
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(dstudent)
-        ctx.request, ctx.spent = request, False
+        # Not the request itself: it would keep the teacher's logits alive.
+        ctx.inplace, ctx.per_row, ctx.suffix = request.inplace, request.per_row, request.suffix
+        ctx.spent = False
         ctx.set_materialize_grads(False)
         if not request.terms:
             return loss, None, None
@@ -260,12 +264,14 @@ class _KDTerms(torch.autograd.Function):
         dstudent = dstudent.detach()
         if ctx.scale is not None:
             dloss = dloss / ctx.scale
-        if torch.compiler.is_compiling() or (not ctx.request.inplace and _keeps_graph()):
-            # Backward may run again: what was saved must stay. (A compiler fuses the product.)
-            dloss = dloss.unsqueeze(-1) if ctx.request.per_row else dloss
+        if torch.compiler.is_compiling():  # it fuses the product, and sees no mutation
+            dloss = dloss.unsqueeze(-1) if ctx.per_row else dloss
             return (dstudent * dloss).to(dstudent.dtype), None
-        ctx.spent = ctx.request.inplace
-        scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.request.suffix}_")
+        if ctx.inplace:
+            ctx.spent = True
+        elif _keeps_graph():
+            dstudent = dstudent.clone()
+        scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.suffix}_")
         rows = as_rows(dstudent)
         scale_rows_(rows, dloss.reshape(-1).contiguous())
         if not _is_view(rows, dstudent):

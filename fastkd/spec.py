@@ -29,7 +29,7 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def kept_classes(v: Tensor, keep: int) -> Tensor:
-    """Mask [N, V] of the `keep` largest teacher logits of each row; ties at the last are all kept."""
+    """Mask [N, V] of each row's `keep` largest teacher logits; ties at the last are all kept."""
     if keep >= v.shape[-1]:
         return torch.ones_like(v, dtype=torch.bool)
     threshold = v.topk(keep, dim=-1).values[:, -1:]

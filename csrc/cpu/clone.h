@@ -1,8 +1,8 @@
 // The kernels as templates, and the macro that makes one clone of them for an instruction set. Each
 // clone is a source file of its own: they build side by side.
 #pragma once
-#include "kernel.h"
 #include "kd_row.h"
+#include "kernel.h"
 
 namespace fastkd::cpu {
 // Kept from call to call: fresh memory would fault in page by page, each time anew.
@@ -44,16 +44,16 @@ FASTKD_INLINE void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next)
   });
 }
 
-// `attributes` name the target, which decides how the loops above vectorise. double is for accuracy,
-// not for speed: it has no clones.
-#define FASTKD_CLONE(isa, attributes)                                             \
-  namespace fastkd::cpu {                                                         \
-  attributes void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next) { \
-    kd_rows<float>(call, next);                                                   \
-  }                                                                               \
+// `attributes` name the target, which decides how the loops above vectorise. double is for
+// accuracy, not for speed: it has no clones.
+#define FASTKD_CLONE(isa, attributes)                                                   \
+  namespace fastkd::cpu {                                                               \
+  attributes void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next) {       \
+    kd_rows<float>(call, next);                                                         \
+  }                                                                                     \
   attributes void scale_rows_##isa(const ScaleRows& call, std::atomic<int64_t>& next) { \
-    scale_rows(call, next);                                                       \
-  }                                                                               \
+    scale_rows(call, next);                                                             \
+  }                                                                                     \
   }
 
 }  // namespace fastkd::cpu

@@ -22,12 +22,12 @@ struct Temperatures {
 // With e = exp((logit - frame) / T) and x = the scaled lead minus the scaled other:
 template <class T>
 struct Sums {
-  T lead = 0;        // sum e_lead
-  T other = 0;       // sum e_other
-  T difference = 0;  // sum (e_other - e_lead)
-  T excess = 0;      // sum e_lead phi(x) = sum (e_lead x + e_other - e_lead), no term < 0
-  T cross = 0;       // sum e_lead x
-  T probe = 0;       // NaN where a pruned class holds an infinity or a NaN
+  T lead = 0;              // sum e_lead
+  T other = 0;             // sum e_other
+  T difference = 0;        // sum (e_other - e_lead)
+  T excess = 0;            // sum e_lead phi(x) = sum (e_lead x + e_other - e_lead), no term < 0
+  T cross = 0;             // sum e_lead x
+  T probe = 0;             // NaN where a pruned class holds an infinity or a NaN
   bool forbidden = false;  // a column with other = -inf < lead: the divergence is infinite
   bool too_high = false;   // a logit too far above the frame: the sums are not to be used
 };
@@ -41,12 +41,13 @@ enum class Keep {
 };
 
 // One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
-// they do not, a sum comes out infinite or NaN and the caller comes again by `exponentials_guarded`.
+// they do not, a sum comes out infinite or NaN and the caller comes again by
+// `exponentials_guarded`.
 //
 // The second exponential is e_lead times 2^y, y the difference of the logits: one polynomial gives
 // it, the difference e_other - e_lead and phi, each to its own relative precision. Two exponentials
-// formed apart and subtracted would keep none of the digits a converged student is about. That needs
-// an e_lead that does not underflow: it is held at 2^-80, which no sum of the row can feel.
+// formed apart and subtracted would keep none of the digits a converged student is about. That
+// needs an e_lead that does not underflow: it is held at 2^-80, which no sum of the row can feel.
 //
 // kPruned: classes whose teacher is below `threshold` do not exist; nothing of them is kept.
 template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kSameTemperature, class T>
@@ -72,8 +73,8 @@ FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict
     if constexpr (!kTeacherLeads) min_lead = l < min_lead ? l : min_lead;
     l = l < lowest ? lowest : l;
     const T u_lead = (l - frame.lead) * scale_lead;
-    const T y = kSameTemperature ? (o - l + shift) * scale_lead
-                                 : (o - frame.other) * scale_other - u_lead;
+    const T y =
+        kSameTemperature ? (o - l + shift) * scale_lead : (o - frame.other) * scale_other - u_lead;
     const Exponential<T> exponential = exp2_normal(u_lead);
     const T e_lead = keep ? exponential.value : T(0);
     const Ratio<T> to_other = ratio(y);
@@ -92,10 +93,10 @@ FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict
   }
   // In the reverse divergence a student at -inf has to come out exactly 0, not 2^-80.
   if (min_lead == -kInf<T>) sum_lead = kNaN<T>;
-  const bool too_high =
-      level_lead - Level<T>::kZero > 35 || level_ratio - Level<T>::kZero > 115 || sum_other > 0x1p50;
-  return {sum_lead,  sum_other, sum_difference, sum_excess, sum_cross * -kLn2<T>,
-          probe, false,     too_high};
+  const bool too_high = level_lead - Level<T>::kZero > 35 || level_ratio - Level<T>::kZero > 115 ||
+                        sum_other > 0x1p50;
+  return {sum_lead, sum_other, sum_difference, sum_excess, sum_cross * -kLn2<T>,
+          probe,    false,     too_high};
 }
 
 template <class T>
@@ -114,7 +115,8 @@ FASTKD_INLINE Sums<T> exponentials_guarded(const T* __restrict lead, const T* __
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   const T shift = frame.other - frame.lead;
   T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, forbidden = 0;
-#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, forbidden)
+#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, \
+                               forbidden)
   for (int64_t i = 0; i < n; ++i) {
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;

@@ -114,12 +114,12 @@ class Row {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call_.hard_weight && call_.soft_weight && soft_weight_ != 0 && !pruned_ &&
              student_inverse_ == 1;
-    keep_ = mixed_ ? Keep::kMixture
+    keep_ = mixed_                                   ? Keep::kMixture
             : !wants_gradient() || soft_weight_ == 0 ? Keep::kNothing
             : reverse_                               ? Keep::kReverse
                                                      : Keep::kForward;
     inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse_}
-                       : Temperatures<T>{teacher_inverse_, student_inverse_};
+                        : Temperatures<T>{teacher_inverse_, student_inverse_};
     T label_logit = 0;
     if (call_.hard_weight) {
       label_logit = *load_columns<T>(call_.student, row_, label(), 1, work_.scratch(0));
@@ -225,8 +225,8 @@ class Row {
     }
     T beside;
     beside = *load_columns<T>(call_.student, row_, top, 1, &beside);
-    sums_.frame = reverse_ ? Frame<T>{beside, teacher_row_[top]}
-                           : Frame<T>{teacher_row_[top], beside};
+    sums_.frame =
+        reverse_ ? Frame<T>{beside, teacher_row_[top]} : Frame<T>{teacher_row_[top], beside};
     return true;
   }
 
@@ -272,16 +272,15 @@ class Row {
   FASTKD_INLINE Sums<T> run_exponentials(const T* student, const T* teacher, int64_t begin,
                                          int64_t n) {
     T *a = work_.a() + begin, *b = work_.b() + begin;
-    const auto run = [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>()
-                         __attribute__((always_inline)) {
-      const T* lead = kTeacherLeads ? teacher : student;
-      const T* other = kTeacherLeads ? student : teacher;
-      return inverse_.same()
-                 ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
-                       lead, other, n, sums_.frame, inverse_, threshold_, a, b)
-                 : exponentials<kKeep, kPruned, kTeacherLeads, false>(
-                       lead, other, n, sums_.frame, inverse_, threshold_, a, b);
-    };
+    const auto run =
+        [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>() __attribute__((always_inline)) {
+          const T* lead = kTeacherLeads ? teacher : student;
+          const T* other = kTeacherLeads ? student : teacher;
+          return inverse_.same() ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
+                                       lead, other, n, sums_.frame, inverse_, threshold_, a, b)
+                                 : exponentials<kKeep, kPruned, kTeacherLeads, false>(
+                                       lead, other, n, sums_.frame, inverse_, threshold_, a, b);
+        };
     const auto pick = [&]<Keep kKeep, bool kTeacherLeads>() __attribute__((always_inline)) {
       return pruned_ ? run.template operator()<kKeep, kTeacherLeads, true>()
                      : run.template operator()<kKeep, kTeacherLeads, false>();
@@ -369,8 +368,7 @@ class Row {
         total.from_student += chunk.from_student;
       }
       gradient.from_student = total.from_student;
-      gradient.divergence =
-          call_.beta * total.from_teacher + (1 - call_.beta) * total.from_student;
+      gradient.divergence = call_.beta * total.from_teacher + (1 - call_.beta) * total.from_student;
     } else if (sums_.forbidden) {
       gradient.divergence = kInf<double>;
     } else {
@@ -380,9 +378,9 @@ class Row {
       if (!alike) {
         gradient.divergence = sums_.cross / sums_.lead + gradient.log_ratio;
       } else {
-        const double bracket =
-            std::fabs(r) < 1e-3 ? -r * r * (0.5 - r * (1.0 / 3 - r * (0.25 - r * 0.2)))
-                                : gradient.log_ratio - r;
+        const double bracket = std::fabs(r) < 1e-3
+                                   ? -r * r * (0.5 - r * (1.0 / 3 - r * (0.25 - r * 0.2)))
+                                   : gradient.log_ratio - r;
         gradient.divergence = sums_.excess / sums_.lead + bracket;
       }
       gradient.divergence = std::fmax(gradient.divergence, 0.0);
@@ -482,8 +480,8 @@ class Row {
   Keep keep_ = Keep::kNothing;
   const T* teacher_row_ = nullptr;  // converted whole, where classes are pruned
   T threshold_ = 0;                 // the smallest teacher logit kept
-  bool share_ = false;    // the hard term uses the soft term's exponentials
-  bool guarded_ = false;  // an infinity was met in this row
+  bool share_ = false;              // the hard term uses the soft term's exponentials
+  bool guarded_ = false;            // an infinity was met in this row
   RowSums<T> sums_;
   double hard_sum_ = 0;
   T hard_frame_ = -kInf<T>;

@@ -2,8 +2,8 @@
 
 namespace fastkd::cpu {
 
-#define FASTKD_DECLARE(isa)                                               \
-  void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next);     \
+#define FASTKD_DECLARE(isa)                                           \
+  void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next); \
   void scale_rows_##isa(const ScaleRows& call, std::atomic<int64_t>& next);
 FASTKD_DECLARE(avx512)
 FASTKD_DECLARE(avx2)
@@ -37,8 +37,6 @@ void limit_kernels(int index) { limit = index; }
 
 const Kernels& kernels() { return *supported_kernels(limit); }
 
-void kd_rows_double(const KdRows& call, std::atomic<int64_t>& next) {
-  kd_rows<double>(call, next);
-}
+void kd_rows_double(const KdRows& call, std::atomic<int64_t>& next) { kd_rows<double>(call, next); }
 
 }  // namespace fastkd::cpu

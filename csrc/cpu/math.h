@@ -60,8 +60,7 @@ struct Exponential {
 FASTKD_INLINE Exponential<float> exp2_normal(float u) {
   const float rounded = u + kRound;
   const float p = exp2_fraction(u - (rounded - kRound));
-  return {from_bits(to_bits(p) + (to_bits(rounded) << 23)),
-          static_cast<int32_t>(to_bits(rounded))};
+  return {from_bits(to_bits(p) + (to_bits(rounded) << 23)), static_cast<int32_t>(to_bits(rounded))};
 }
 FASTKD_INLINE Exponential<double> exp2_normal(double u) { return {std::exp2(u), u}; }
 

@@ -58,7 +58,8 @@ FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts 
 //
 // A bracket (low, high] around the answer is guessed from a sample and made narrower by counting
 // against four pivots at a time, which the vector units do at the speed of the cache; what is left
-// in it is collected and searched. Every count is exact, so a bad guess costs time and nothing else.
+// in it is collected and searched. Every count is exact, so a bad guess costs time and nothing
+// else.
 template <class T>
 FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch) {
   constexpr int64_t kSample = 512, kFew = 512;
@@ -103,8 +104,7 @@ FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch
     }
     const int64_t inside = above_low - above_high;
     if (inside < n / 2) {
-      const int64_t count =
-          collect(values, n, above_low == n ? kNaN<T> : low, high, scratch);
+      const int64_t count = collect(values, n, above_low == n ? kNaN<T> : low, high, scratch);
       return nth_largest(scratch, count, keep - above_high);
     }
   }
