@@ -38,11 +38,21 @@ DType dtype(const Tensor& tensor) {
   }
 }
 
-Rows rows(const Tensor& tensor) {  // [A, B, V]
-  STD_TORCH_CHECK(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1),
-                  "fastkd: rows must come as [A, B, V] with stride 1 in V");
-  return {tensor.data_ptr(), dtype(tensor),    tensor.size(2),
-          tensor.size(1),    tensor.stride(0), tensor.stride(1)};
+Rows rows(const Tensor& tensor) {  // [N, V] or [A, B, V]
+  const int64_t dim = tensor.dim();
+  STD_TORCH_CHECK(
+      (dim == 2 || dim == 3) && (tensor.stride(dim - 1) == 1 || tensor.size(dim - 1) == 1),
+      "fastkd: rows must come as [N, V] or [A, B, V] with stride 1 in V");
+  return {tensor.data_ptr(),
+          dtype(tensor),
+          tensor.size(dim - 1),
+          tensor.size(dim - 2),
+          dim == 3 ? tensor.stride(0) : 0,
+          tensor.stride(dim - 2)};
+}
+
+int64_t number_of_rows(const Tensor& tensor) {
+  return tensor.dim() == 3 ? tensor.size(0) * tensor.size(1) : tensor.size(0);
 }
 
 // Runs `work(next)` on as many threads as the pairs are worth.
@@ -82,7 +92,7 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   KdRows call;
   call.student = rows(student);
   call.teacher = rows(teacher);
-  call.N = student.size(0) * student.size(1);
+  call.N = number_of_rows(student);
   if (dstudent) {
     call.dstudent = rows(*dstudent);
     const bool inplace = call.dstudent.data == call.student.data;
@@ -126,7 +136,7 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
 void scale_rows_cpu(Tensor dstudent, const Tensor& scale) {
   ScaleRows call;
   call.dstudent = rows(dstudent);
-  call.N = dstudent.size(0) * dstudent.size(1);
+  call.N = number_of_rows(dstudent);
   call.per_row = scale.numel() != 1;
   call.scale_is_double = dtype(scale) == DType::kDouble;
   STD_TORCH_CHECK((scale.numel() == 1 || scale.numel() == call.N) && scale.is_contiguous() &&

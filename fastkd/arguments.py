@@ -22,6 +22,8 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    if type(value) in (float, int):  # for speed: an abstract base class takes ten times as long
+        return True
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

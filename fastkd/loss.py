@@ -53,8 +53,10 @@ def _row_scales(
     token_weights: Tensor | None,  # [N]
     num_items: float | Tensor | None,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """What a row's soft and hard term count in the loss, before alpha: the one place of policy.
+
+    Without labels there is no hard term, and no scale of it.
 
     scale_r = token_weight_r / divisor, for the soft term times T_r^2, and 0 where r does not count:
     selected there, not multiplied, for an ignored row may carry a NaN.
@@ -69,19 +71,16 @@ def _row_scales(
             divisor = counting.sum().clamp_min(1).to(like.dtype)
         else:
             divisor = max(like.shape[0], 1)
-    if counting is None and token_weights is None:
-        if isinstance(divisor, Tensor):
-            hard = torch.ones_like(like) / divisor
-        else:
-            hard = torch.full_like(like, 1 / divisor)
-    else:
-        weights = counting if token_weights is None else token_weights.detach()
-        assert weights is not None
-        hard = weights.to(like.dtype)
-        if counting is not None and token_weights is not None:
-            hard = torch.where(counting, hard, 0)
-        if isinstance(divisor, Tensor) or divisor != 1:
-            hard = hard / divisor
+    weights = counting if token_weights is None else token_weights.detach()
+    if weights is None and not isinstance(divisor, Tensor):
+        if isinstance(squared_temperature, Tensor):
+            return squared_temperature / divisor, None
+        return torch.full_like(like, squared_temperature / divisor), None
+    hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
+    if counting is not None and token_weights is not None:
+        hard = torch.where(counting, hard, 0)
+    if isinstance(divisor, Tensor) or divisor != 1:
+        hard = hard / divisor
     if isinstance(squared_temperature, Tensor):
         return torch.where(hard == 0, 0, hard * squared_temperature), hard
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
@@ -206,7 +205,7 @@ def kd_loss(
         per_row=reduction == "none",
         terms=return_terms,
         inplace=inplace,
-        suffix=ops.choose_backend(backend, student_logits),
+        ops=ops.choose_backend(backend, student_logits),
     )
     terms = ops.kd_terms(student_logits, request)
     if not return_terms:

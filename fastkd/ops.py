@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import spec
 
-# student, dstudent [A, B, V_student], teacher [A, B, V_teacher], all with stride 1 in the last
-# dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See spec.kd_rows.
+# student, dstudent [A, B, V_student], teacher [A, B, V_teacher], or [N, V] each, with stride 1 in
+# the last dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See
+# spec.kd_rows.
 KD_ROWS = (
     "(Tensor student, Tensor teacher, Tensor? labels, Tensor student_inv_temperature, "
     "Tensor teacher_inv_temperature, Tensor? soft_weight, Tensor? hard_weight, "
@@ -29,7 +29,7 @@ SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
 
 
 def _kd_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    N = student.shape[0] * student.shape[1]
+    N = student.shape[:-1].numel()
     dtype = spec.compute_dtype(student, teacher)
     return student.new_empty(N, dtype=dtype), student.new_empty(N, dtype=dtype)
 
@@ -82,43 +82,58 @@ def backends() -> dict[str, list[str]]:
     return {name: list(backend.missing) for name, backend in _BACKENDS.items()}
 
 
-def choose_backend(name: str, student: Tensor) -> str:
-    """The suffix of the ops of the backend that will run: the first that can, or the one asked for.
-
-    Raises:
-        ValueError: no such backend.
-        RuntimeError: the backend asked for cannot run; the message holds every reason.
-    """
-    device = student.device.type
+def _backend_ops(name: str, device: str) -> tuple[Any, Any]:
     if name == "auto":
-        for backend in _BACKENDS.values():
-            if not backend.missing and backend.device in (None, device):
-                return backend.suffix
+        name = next(
+            name
+            for name, backend in _BACKENDS.items()
+            if not backend.missing and backend.device in (None, device)
+        )
     if name not in _BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
     backend = _BACKENDS[name]
     reasons = list(backend.missing)
     if backend.device not in (None, device):
-        reasons.append(f"the logits are on {student.device}, not on a {backend.device} device")
+        reasons.append(f"the logits are on {device}, not on {backend.device}")
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot run here: " + "; ".join(reasons))
-    return backend.suffix
+    ops = torch.ops.fastkd
+    return (
+        getattr(ops, f"kd_rows{backend.suffix}").default,
+        getattr(ops, f"scale_rows{backend.suffix}_").default,
+    )
+
+
+_CHOSEN: dict[tuple[str, str], tuple[Any, Any]] = {}  # the choice takes as long as the kernel
+
+
+def choose_backend(name: str, student: Tensor) -> tuple[Any, Any]:
+    """The ops kd_rows and scale_rows_ of the first backend that can run, or of the one asked for.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend asked for cannot run; the message holds every reason.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a str, got {type(name).__name__}")
+    key = (name, student.device.type)
+    ops = _CHOSEN.get(key)
+    if ops is None:
+        ops = _CHOSEN[key] = _backend_ops(*key)
+    return ops
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """[..., V] as [A, B, V] with stride 1 in V: a view wherever two strides describe the rows.
+    """[..., V] as [N, V] or [A, B, V], stride 1 in V: a view wherever two strides give the rows.
 
-    Three dimensions, not two, so that ``logits[:, :-1]`` of a [batch, sequence, V] tensor needs no
-    copy.
+    Three dimensions, not only two, so that ``logits[:, :-1]`` of [batch, sequence, V] needs no copy.
     """
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         logits = logits.contiguous()
     dim = logits.dim()
-    if dim == 2:
-        return logits.unsqueeze(0)
     if dim > 3:
         return logits.flatten(0, -3)
-    return logits if dim == 3 else logits.view(1, 1, -1)
+    return logits if dim > 1 else logits.unsqueeze(0)
 
 
 def _is_view(rows: Tensor, logits: Tensor) -> bool:
@@ -148,7 +163,7 @@ class Request(NamedTuple):
     per_row: bool  # reduction "none"
     terms: bool  # return soft and hard too
     inplace: bool
-    suffix: str  # of the backend's ops
+    ops: tuple[Any, Any]  # kd_rows and scale_rows_ of the backend
 
 
 Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, soft, hard
@@ -186,7 +201,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     dstudent_rows = None
     if dstudent is not None:
         dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
-    soft, hard = getattr(torch.ops.fastkd, "kd_rows" + request.suffix)(
+    soft, hard = request.ops[0](
         student_rows,
         as_rows(request.teacher),
         request.labels,
@@ -227,6 +242,18 @@ def _keeps_graph() -> bool:
     return True if query is None else query()
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes a gradient on, and raises where it is to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, dloss: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, None]:
+        raise RuntimeError("the gradient of kd_loss cannot be differentiated a second time")
+
+
 class _KDTerms(torch.autograd.Function):
     """(loss, soft, hard); forward computes the gradient of the loss, backward scales it."""
 
@@ -241,7 +268,7 @@ class _KDTerms(torch.autograd.Function):
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(dstudent)
         # Not the request itself: it would keep the teacher's logits alive.
-        ctx.inplace, ctx.per_row, ctx.suffix = request.inplace, request.per_row, request.suffix
+        ctx.inplace, ctx.per_row, ctx.ops = request.inplace, request.per_row, request.ops
         ctx.spent = False
         ctx.set_materialize_grads(False)
         if not request.terms:
@@ -251,10 +278,14 @@ class _KDTerms(torch.autograd.Function):
         return loss, soft, hard
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
         if dloss is None:
             return None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradient = _KDTerms.backward(ctx, dloss)[0]
+            assert gradient is not None
+            return _OnceDifferentiable.apply(gradient, dloss), None
         if ctx.spent:
             raise RuntimeError(
                 "kd_loss(inplace=True) was run backward a second time, but its gradient lives in "
@@ -271,9 +302,8 @@ class _KDTerms(torch.autograd.Function):
             ctx.spent = True
         elif _keeps_graph():
             dstudent = dstudent.clone()
-        scale_rows_ = getattr(torch.ops.fastkd, f"scale_rows{ctx.suffix}_")
         rows = as_rows(dstudent)
-        scale_rows_(rows, dloss.reshape(-1).contiguous())
+        ctx.ops[1](rows, dloss.reshape(-1).contiguous() if ctx.per_row else dloss)
         if not _is_view(rows, dstudent):
             dstudent.copy_(rows.view_as(dstudent))
         return dstudent, None

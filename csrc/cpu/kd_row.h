@@ -216,10 +216,10 @@ class Row {
   // large. False where a NaN leaves the teacher without an order.
   FASTKD_INLINE bool prune() {
     teacher_row_ = load_columns<T>(call_.teacher, row_, 0, vocab_, work_.teacher());
-    if (has_nan(teacher_row_, vocab_)) return false;
     threshold_ = kth_largest(teacher_row_, vocab_, call_.keep, work_.a());
+    if (std::isnan(threshold_)) return false;
     int64_t top = 0;
-    const int64_t stride = vocab_ / 1024 + 1;
+    const int64_t stride = vocab_ / 256 + 1;
     for (int64_t i = 0; i < vocab_; i += stride) {
       if (teacher_row_[i] > teacher_row_[top]) top = i;
     }

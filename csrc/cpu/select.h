@@ -6,45 +6,56 @@
 
 namespace fastkd::cpu {
 
-// How many values exceed each of four ascending pivots.
+// How many values exceed each of four ascending pivots, and how many are NaN (counted on demand).
 template <class T>
 struct Counts {
   int64_t above[4];
+  int64_t nan;
 };
 
-template <class T>
+template <bool kCountNaN, class T>
 FASTKD_INLINE Counts<T> count_above(const T* __restrict values, int64_t n, const T* pivots) {
   const T p0 = pivots[0], p1 = pivots[1], p2 = pivots[2], p3 = pivots[3];
-  int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0;
-#pragma omp simd reduction(+ : c0, c1, c2, c3)
+  int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0, nan = 0;
+#pragma omp simd reduction(+ : c0, c1, c2, c3, nan)
   for (int64_t i = 0; i < n; ++i) {
     c0 += values[i] > p0;
     c1 += values[i] > p1;
     c2 += values[i] > p2;
     c3 += values[i] > p3;
+    if constexpr (kCountNaN) nan += values[i] != values[i];
   }
-  return {{c0, c1, c2, c3}};
+  return {{c0, c1, c2, c3}, nan};
 }
 
-// Writes the values in (low, high] to `found`; blocks without one cost a vector comparison. Low may
-// be NaN: no lower bound.
+template <class T>
+FASTKD_INLINE bool any_inside(const T* __restrict values, int64_t n, T low, T high) {
+  int32_t hits = 0;
+#pragma omp simd reduction(+ : hits)
+  for (int64_t i = 0; i < n; ++i) hits += !(values[i] <= low) && values[i] <= high;
+  return hits != 0;
+}
+
+// Writes the values in (low, high] to `found` [n + 16]; low may be NaN: no lower bound. Few are
+// expected: blocks and then parts of blocks without any cost a vector comparison.
 template <class T>
 FASTKD_INLINE int64_t collect(const T* __restrict values, int64_t n, T low, T high,
                               T* __restrict found) {
-  constexpr int64_t kBlock = 64;
-  int64_t count = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t length = std::min(kBlock, n - begin);
-    const T* __restrict block = values + begin;
-    int32_t hits = 0;
-#pragma omp simd reduction(+ : hits)
-    for (int64_t i = 0; i < length; ++i) hits += !(block[i] <= low) && block[i] <= high;
-    if (hits == 0) continue;
-    for (int64_t i = 0; i < length; ++i) {
-      found[count] = block[i];
-      count += !(block[i] <= low) && block[i] <= high;
+  constexpr int64_t kBlock = 128, kPart = 16;
+  int64_t count = 0, begin = 0;
+  const auto take = [&](int64_t from, int64_t length) __attribute__((always_inline)) {
+    for (int64_t i = from; i < from + length; ++i) {
+      found[count] = values[i];
+      count += !(values[i] <= low) && values[i] <= high;
+    }
+  };
+  for (; begin + kBlock <= n; begin += kBlock) {
+    if (!any_inside(values + begin, kBlock, low, high)) continue;
+    for (int64_t part = begin; part < begin + kBlock; part += kPart) {
+      if (any_inside(values + part, kPart, low, high)) take(part, kPart);
     }
   }
+  take(begin, n - begin);
   return count;
 }
 
@@ -54,7 +65,7 @@ FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts 
   return values[nth - 1];
 }
 
-// `values` [n] without NaN, 1 <= keep < n; `scratch` [n + 64].
+// `values` [n], 1 <= keep < n; `scratch` [n + 64]. NaN where a value is NaN.
 //
 // A bracket (low, high] around the answer is guessed from a sample and made narrower by counting
 // against four pivots at a time, which the vector units do at the speed of the cache; what is left
@@ -62,28 +73,32 @@ FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts 
 // else.
 template <class T>
 FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch) {
-  constexpr int64_t kSample = 512, kFew = 512;
+  constexpr int64_t kFew = 512;
+  const int64_t sample_size = n < 65536 ? 256 : 512;
   T low = -kInf<T>, high = kInf<T>;
   int64_t above_low = n, above_high = 0;  // values > low, values > high
-  if (n > 4 * kSample) {
-    const int64_t stride = n / kSample;
-    for (int64_t i = 0; i < kSample; ++i) scratch[i] = values[i * stride + (i * 7) % stride];
+  if (n > 4 * sample_size) {
+    const int64_t stride = n / sample_size;
+    for (int64_t i = 0; i < sample_size; ++i) scratch[i] = values[i * stride + (i * 7) % stride];
+    if (has_nan(scratch, sample_size)) return kNaN<T>;  // NaN has no place in an order
     // Expected position of the answer in the sample and its standard deviation.
     const double share = static_cast<double>(keep) / static_cast<double>(n);
-    const double center = share * kSample;
-    const double deviation = std::sqrt(kSample * share * (1 - share)) + 1;
+    const double center = share * static_cast<double>(sample_size);
+    const double deviation = std::sqrt(static_cast<double>(sample_size) * share * (1 - share)) + 1;
     int64_t position[4];
     const double offsets[4] = {3.5, 1.0, -1.0, -3.5};  // pivots ascend, positions descend
     T pivots[4];
-    int64_t end = kSample;
+    int64_t end = sample_size;
     for (int j = 0; j < 4; ++j) {
       position[j] = static_cast<int64_t>(center + offsets[j] * deviation);
-      position[j] = std::clamp<int64_t>(position[j], 1, kSample);
+      position[j] = std::clamp<int64_t>(position[j], 1, sample_size);
       pivots[j] = nth_largest(scratch, end, position[j]);
       end = position[j];
     }
     for (int round = 0; round < 4; ++round) {
-      const Counts<T> counts = count_above(values, n, pivots);
+      const Counts<T> counts =
+          round == 0 ? count_above<true>(values, n, pivots) : count_above<false>(values, n, pivots);
+      if (counts.nan > 0) return kNaN<T>;
       for (int j = 0; j < 4; ++j) {
         const int64_t above = counts.above[j];
         if (above >= keep && pivots[j] > low) low = pivots[j], above_low = above;
@@ -108,6 +123,7 @@ FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch
       return nth_largest(scratch, count, keep - above_high);
     }
   }
+  if (has_nan(values, n)) return kNaN<T>;
   std::copy(values, values + n, scratch);
   return nth_largest(scratch, n, keep);
 }
