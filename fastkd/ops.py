@@ -126,7 +126,7 @@ def choose_backend(name: str, student: Tensor) -> tuple[Any, Any]:
 def as_rows(logits: Tensor) -> Tensor:
     """[..., V] as [N, V] or [A, B, V], stride 1 in V: a view wherever two strides give the rows.
 
-    Three dimensions, not only two, so that ``logits[:, :-1]`` of [batch, sequence, V] needs no copy.
+    Three dimensions, not only two: ``logits[:, :-1]`` of [batch, sequence, V] needs no copy.
     """
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         logits = logits.contiguous()

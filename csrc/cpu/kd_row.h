@@ -37,6 +37,7 @@ template <class T>
 struct RowSums {
   double lead = 0, other = 0, difference = 0, excess = 0, cross = 0;
   bool forbidden = false;
+  bool moved = false;    // to another frame, so that chunks differ in theirs
   bool inexact = false;  // `difference` and `excess` lost digits in a move
   Frame<T> frame;
 
@@ -47,6 +48,7 @@ struct RowSums {
       const double by_lead = (double{to.lead} - frame.lead) * inverse.lead;
       const double by_other = (double{to.other} - frame.other) * inverse.other;
       const double D = by_other - by_lead;
+      moved = true;
       const double w = std::exp(-by_lead);
       if (std::isfinite(D) && w > 0) {
         const double ratio = std::expm1(-D);
@@ -163,7 +165,7 @@ class Row {
       work_.soft_frames()[index] = sums_.frame;
       balance();
     }
-    if (sums_.inexact) read_again(valid);
+    if (sums_.moved) read_again(valid);
     return valid;
   }
 
@@ -176,7 +178,7 @@ class Row {
   // Z_other falls far below Z_lead, q is lost in the rounding of e_lead. So the frame of `other` is
   // moved to where the sums seen so far are alike.
   FASTKD_INLINE void balance() {
-    constexpr double kAlike = 8;
+    constexpr double kAlike = 2;
     const double lead = sums_.lead, other = sums_.other;
     if (!(lead > kAlike * other || other > kAlike * lead)) return;
     Frame<T> frame = sums_.frame;
@@ -189,8 +191,9 @@ class Row {
   // After moves: what was read too early for the frame that the row came to, mostly its first chunk
   // or none. Where the sums have to be exact, because the rows turned out to agree, all of it.
   FASTKD_INLINE void read_again(bool& valid) {
-    constexpr double kTolerable = 8;  // costs three bits of q at worst
-    const bool all = sums_.cross / sums_.lead + std::log(sums_.other / sums_.lead) < 0.01;
+    constexpr double kTolerable = 3;  // costs one or two bits of q at worst
+    const bool all = sums_.inexact &&
+                     sums_.cross / sums_.lead + std::log(sums_.other / sums_.lead) < 0.01;
     const bool kept = keep_ == Keep::kForward || keep_ == Keep::kMixture;
     if (all) sums_ = {.frame = sums_.frame};
     for (int64_t begin = 0, index = 0; begin < vocab_ && (all || kept); begin += kChunk, ++index) {
