@@ -1,0 +1,193 @@
+"""The error bounds: roundings that can be named, never a tolerance that happens to pass.
+
+|error| <= half an ulp of the stored dtype * |value|       the store: `assert_close`
+         + an allowance in eps32 (eps64 for float64)       the arithmetic: `Allowance`
+"""
+
+import torch
+from torch import Tensor
+
+INF, NAN = float("inf"), float("nan")
+
+
+def _per_row(value: float | Tensor, N: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.double().reshape(-1, 1)
+    return torch.full((N, 1), value, dtype=torch.float64)
+
+
+class Allowance:
+    """What float32 (float64) arithmetic may lose, per class of the gradient and per row of a term.
+
+    From the probabilities of the oracle, in units of eps. A probability q = exp(u) / Z carries
+    8 for exp (1.2), the sum over a chunk's lanes (sqrt(256) / 4), the division and three products;
+    |ln q| for the rounding of u = (z - max) / T and of 1 / T, which exp turns into relative error;
+    and the same for Z, where the average of |u| is at most the entropy. A difference q - p or
+    ln q - ln p carries what its two sides do. Below the smallest normal number anything may be
+    flushed to 0.
+    """
+
+    def __init__(self, student, teacher, labels, options) -> None:
+        double = torch.float64 in (student.dtype, teacher.dtype)
+        info = torch.finfo(torch.float64 if double else torch.float32)
+        # In float64 the oracle is rounded as much as what it judges.
+        self.eps, self.tiny = info.eps * (2 if double else 1), info.tiny
+        width = options.get("vocab_size") or student.shape[-1]
+        self.width, self.V = width, student.shape[-1]
+        z = student.detach().double()[..., :width].reshape(-1, width)
+        v = teacher.double()[..., :width].reshape(-1, width)
+        self.N = N = z.shape[0]
+        T = _per_row(options.get("temperature", 1.0), N)
+        teacher_T = options.get("teacher_temperature")
+        teacher_T = T if teacher_T is None else _per_row(teacher_T, N)
+        kept = _kept(v, options)
+        self.q, self.lq, self.rel_q, ln_q = self._softmax((z / T).masked_fill(~kept, -INF))
+        self.p, self.lp, self.rel_p, ln_p = self._softmax((v / teacher_T).masked_fill(~kept, -INF))
+        # |ln q - ln p|, 0 where a class is absent on either side
+        self.gap = (ln_q - ln_p).abs().nan_to_num(0, 0, 0)
+        self.T = T
+        self.weight = row_weights(labels, N, options)
+        self.alpha, self.beta = options.get("alpha", 1.0), options.get("beta", 0.0)
+        self.hard_q, _, self.hard_rel, _ = self._softmax(z)
+        self.labels = labels
+
+    @staticmethod
+    def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, |ln q| where q > 0, the relative error of q in eps, ln q."""
+        lq = torch.log_softmax(x, -1)
+        q = lq.exp()
+        size = torch.where(q > 0, lq.abs(), 0)
+        return q, size, 8 + size + (q * size).sum(-1, keepdim=True), lq
+
+    def soft_rows(self) -> Tensor:
+        """Of soft_r / T^2: relative to every term of the sum, and first order in ln p, ln q."""
+        gap = self.gap
+        terms = torch.maximum(self.p, self.q) * torch.minimum(gap, gap * gap)
+        if self.beta == 0:
+            terms = torch.where(gap < 1, terms, self.p * gap + self.q)
+        elif self.beta == 1:
+            terms = torch.where(gap < 1, terms, self.q * gap + self.p)
+        else:
+            terms = torch.where(gap < 1, terms, self.p + self.q)
+        first = (self.p - self.q).abs() * (8 + self.lp + self.lq)
+        # What ln p - ln q is off by enters squared where the two are equal.
+        second = (self.p + self.q) * (self.eps * (8 + self.lp + self.lq)) ** 2
+        # One pass knows the normalisers only at its end: until then ln p - ln q is off by what the
+        # two rows' maxima differ in.
+        shift = (self.p.amax(-1).log() - self.q.amax(-1).log()).abs()
+        shift = 8 * self.eps * torch.minimum(shift, shift * shift)
+        floor = self.tiny + torch.maximum(self.p, self.q).clamp_max(self.tiny) * gap
+        return (self.eps * (8 * terms + first) + second + floor).sum(-1) + shift
+
+    def soft_gradient(self) -> Tensor:
+        """Of dD/dx."""
+        if self.beta == 0:
+            return self.eps * (self.q * self.rel_q + self.p * self.rel_p) + self.tiny
+        gap, q = self.gap, self.q
+        if self.beta < 1:
+            # ln m cannot be far below ln q; and q may come as p + (q - p), rounded where p is.
+            q = q + self.p
+            gap = torch.minimum(gap, gap.new_tensor(16.0))
+        bracket = self.rel_q * gap + self.rel_q + self.rel_p.masked_fill(self.p == 0, 0)
+        mean = (q * bracket).sum(-1, keepdim=True)
+        divergence = (q * gap).sum(-1, keepdim=True)
+        allowance = self.eps * q * (bracket + divergence * self.rel_q) + self.eps * self.q * mean
+        return allowance + self.tiny + self.q.clamp_max(self.tiny) * (gap + divergence)
+
+    def hard_rows(self) -> Tensor:
+        index = self._index()
+        return self.eps * self.hard_rel.gather(-1, index).squeeze(-1)
+
+    def hard_gradient(self) -> Tensor:
+        onehot = torch.zeros_like(self.hard_q).scatter_(-1, self._index(), 1.0)
+        return self.eps * (self.hard_q * self.hard_rel + onehot) + self.tiny
+
+    def _index(self) -> Tensor:
+        labels = self.labels.reshape(-1, 1).long()
+        return torch.where((labels >= 0) & (labels < self.width), labels, 0)
+
+    def gradient(self) -> Tensor:
+        """[N, V], of the gradient of the loss."""
+        weight = self.weight.abs().unsqueeze(-1)
+        total = torch.zeros(self.N, self.width, dtype=torch.float64)
+        if self.alpha > 0:
+            total = total + self.alpha * self._weighted(weight * self.T, self.soft_gradient())
+        if self.labels is not None and self.alpha < 1:
+            total = total + (1 - self.alpha) * self._weighted(weight, self.hard_gradient())
+        return torch.nn.functional.pad(total, (0, self.V - self.width))
+
+    @staticmethod
+    def _weighted(weight: Tensor, bound: Tensor) -> Tensor:
+        """Rows of weight 0 are skipped, whatever they hold."""
+        return torch.where(weight == 0, 0, weight * bound)
+
+    def rows(self, soft: Tensor, hard: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[N], of the two weighted terms whose float64 values are given."""
+        weight, T = self.weight.abs(), self.T.squeeze(-1)
+        soft_bound = self._weighted(weight * T**2, self.soft_rows()) + 8 * self.eps * soft.abs()
+        if hard is None:
+            return soft_bound, None
+        hard_bound = self._weighted(weight, self.hard_rows()) + 8 * self.eps * hard.abs()
+        return soft_bound, hard_bound
+
+
+def _kept(v: Tensor, options: dict) -> Tensor:
+    V = v.shape[-1]
+    dropped = int(V * options.get("bottom_percentile", 0.0) / 100 + 1e-6)
+    keep = max(1, min(options.get("top_k") or V, V - dropped))
+    if keep == V:
+        return torch.ones_like(v, dtype=torch.bool)
+    return v >= v.sort(-1, descending=True).values[:, keep - 1 : keep]
+
+
+def row_weights(labels: Tensor | None, N: int, options: dict) -> Tensor:
+    """[N] float64: what a row counts in the reduced loss, before alpha and T^2."""
+    counting = torch.ones(N, dtype=torch.bool)
+    if labels is not None:
+        counting = labels.reshape(-1) != options.get("ignore_index", -100)
+    weight = options.get("token_weights")
+    weight = torch.ones(N) if weight is None else weight.reshape(-1)
+    weight = torch.where(counting, weight.double(), 0)
+    if options.get("reduction", "batchmean") == "batchmean":
+        items = options.get("num_items")
+        weight = weight / (max(int(counting.sum()), 1) if items is None else float(items))
+    return weight
+
+
+def assert_close(
+    actual: Tensor,
+    oracle64: Tensor,
+    stored_dtype: torch.dtype,
+    allowance: Tensor | float,
+    *,
+    roundings: float = 1,
+    spacings: float = 1,
+    what: str = "",
+) -> None:
+    """|actual - oracle64| within the store's rounding plus `allowance`; NaN and inf must agree.
+
+    `spacings`: half-spacings of the subnormal numbers that stores may lose, besides the relative
+    `roundings`.
+    """
+    assert actual.shape == oracle64.shape, (what, actual.shape, oracle64.shape)
+    info = torch.finfo(stored_dtype)
+    actual, expected = actual.double(), oracle64.double()
+    assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in other places"
+    allowance = torch.as_tensor(allowance, dtype=torch.float64).expand_as(expected).nan_to_num()
+    # A value that rounds beyond the largest finite number is stored as an infinity.
+    overflow = expected.abs() + allowance > info.max
+    infinite = (expected.isinf() | overflow | actual.isinf()) & ~expected.isnan()
+    assert torch.equal(infinite & ~overflow, expected.isinf() & ~overflow), f"{what}: inf"
+    assert torch.equal(actual.sign()[infinite], expected.sign()[infinite]), f"{what}: sign of inf"
+    half_spacing = info.smallest_normal * info.eps / 2
+    bound = roundings * info.eps / 2 * (expected.abs() + allowance)
+    bound += spacings * half_spacing + allowance
+    finite = ~expected.isnan() & ~infinite
+    excess = torch.where(finite, (actual - expected).abs() / bound, 0)
+    if excess.numel() and excess.max() > 1:
+        at = tuple(int(i) for i in (excess == excess.max()).nonzero()[0])
+        raise AssertionError(
+            f"{what} at {at}: {actual[at].item():.9g}, float64 {expected[at].item():.9g}, "
+            f"{excess.max().item():.3g} times the bound of {bound[at].item():.3g}; "
+            f"{int((excess > 1).sum())} of {excess.numel()} beyond it"
+        )

@@ -1,0 +1,267 @@
+"""What every test shares: the backends as a parameter, one call of the loss, and `check`, which
+compares it with the definition in float64 within the bounds of bounds.py.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from bounds import INF, NAN, Allowance, assert_close
+from torch import Tensor
+
+import fastkd
+
+__all__ = ["INF", "NAN", "assert_close"]  # for tests, beside what is defined here
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BETAS = (0.0, 1.0, 0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str = "cpu"
+    float64: bool = True
+    instruction_set: int = 0  # of the cpu backend: 0 is the widest this processor has
+    label: str = ""
+
+    def need(self, *dtypes: torch.dtype) -> None:
+        if torch.float64 in dtypes and not self.float64:
+            pytest.skip(f"the {self.name} backend refuses float64")
+
+    def __str__(self) -> str:
+        return self.label or self.name
+
+
+# A further backend is one line here: Backend("cuda", "cuda", float64=False), say.
+BACKENDS = (
+    Backend("reference"),
+    Backend("cpu"),
+)
+
+
+def _instruction_sets() -> list[str]:
+    """Of the cpu backend on this processor, widest first."""
+    if fastkd.backends()["cpu"]:
+        return []
+    limit = torch.ops.fastkd.cpu_instruction_set
+    names = list(itertools.takewhile(bool, map(limit, range(8))))
+    limit(0)
+    return names
+
+
+INSTRUCTION_SETS = _instruction_sets()
+# The backends, and the cpu backend again at every narrower instruction set.
+KERNELS = BACKENDS + tuple(
+    Backend("cpu", instruction_set=index, label=f"cpu-{name}")
+    for index, name in enumerate(INSTRUCTION_SETS)
+    if index > 0
+)
+
+
+def _parameters(backends: tuple[Backend, ...]) -> list:
+    marks = {"cpu": [], "cuda": [pytest.mark.gpu]}
+    return [pytest.param(b, id=str(b), marks=marks[b.device]) for b in backends]
+
+
+def _ready(backend: Backend) -> Backend:
+    reasons = fastkd.backends()[backend.name]
+    if reasons:
+        pytest.skip(f"{backend.name}: " + "; ".join(reasons))
+    return backend
+
+
+@pytest.fixture(params=_parameters(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _ready(request.param)
+
+
+@pytest.fixture(params=_parameters(KERNELS))
+def kernel(request: pytest.FixtureRequest):
+    """Every backend, the cpu backend once per instruction set."""
+    backend = _ready(request.param)
+    if backend.instruction_set == 0:
+        yield backend
+        return
+    torch.ops.fastkd.cpu_instruction_set(backend.instruction_set)
+    yield backend
+    torch.ops.fastkd.cpu_instruction_set(0)
+
+
+@pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
+def cpu_isa(request: pytest.FixtureRequest):
+    """The name of the instruction set that the cpu backend is limited to."""
+    yield torch.ops.fastkd.cpu_instruction_set(request.param)
+    torch.ops.fastkd.cpu_instruction_set(0)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Rows this short gain nothing from threads; test_determinism.py: 2 give the same bits.
+    torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return f"fastkd {fastkd.__version__}, cpu instruction sets: {', '.join(INSTRUCTION_SETS)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda sees none"))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale=3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def pair(*shape: int, dtype=torch.float32, teacher_dtype=None, seed=0) -> tuple[Tensor, Tensor]:
+    """Logits of a student and of a teacher that agree about as much as in training."""
+    teacher = normal(*shape, seed=seed, dtype=torch.float64)
+    student = teacher + normal(*shape, seed=seed + 1, dtype=torch.float64, scale=1.0)
+    return student.to(dtype), teacher.to(teacher_dtype or dtype)
+
+
+def some_labels(N: int, vocab: int, ignored: tuple[int, ...] = ()) -> Tensor:
+    labels = torch.arange(N) * 7919 % vocab
+    labels[list(ignored)] = -100
+    return labels
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    soft: Tensor | None
+    hard: Tensor | None
+    gradient: Tensor
+
+
+def run(
+    backend: Backend | str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    grad_output: float | Tensor | None = None,
+    **options,
+) -> Result:
+    """One forward and backward; the gradient with respect to `student`, whatever its strides."""
+    device = "cpu" if isinstance(backend, str) else backend.device
+    name = backend if isinstance(backend, str) else backend.name
+
+    def move(value):
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    student, teacher, labels = move(student.detach()), move(teacher), move(labels)
+    root = torch.zeros((), dtype=student.dtype, device=device, requires_grad=True)
+    # Adding the root gives a non-leaf of the same strides, so that inplace=True is allowed.
+    leaf = _Graft.apply(student.clone() if student.numel() == 0 else _same_strides(student), root)
+    leaf.retain_grad()
+    out = fastkd.kd_loss(
+        leaf, teacher, labels, backend=name, **{k: move(v) for k, v in options.items()}
+    )
+    terms = isinstance(out, fastkd.KDLossOutput)
+    loss = out.loss if terms else out
+    if grad_output is None:
+        grad_output = 1.0
+    if not isinstance(grad_output, Tensor):
+        grad_output = torch.full_like(loss, grad_output)
+    loss.backward(move(grad_output).to(loss.dtype))
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == student.dtype and leaf.grad.shape == student.shape
+    soft, hard = (out.soft, out.hard) if terms else (None, None)
+    return Result(*(x if x is None else x.detach().cpu() for x in (loss, soft, hard, leaf.grad)))
+
+
+class _Graft(torch.autograd.Function):
+    """Hands `values` on as if computed from `root`."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _same_strides(tensor: Tensor) -> Tensor:
+    """A copy with the strides and the storage offset of `tensor`; no element shared."""
+    if 0 in tensor.stride():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    base = tensor.new_empty(tensor.untyped_storage().nbytes() // tensor.element_size())
+    copy = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return copy.copy_(tensor).detach()
+
+
+def check(backend: Backend, student: Tensor, teacher: Tensor, labels=None, **options) -> Result:
+    """Loss, terms and gradient of `backend` against the definition in float64.
+
+    The oracle gives the terms per row; they are reduced here, so reductions are judged as well.
+    """
+    backend.need(student.dtype, teacher.dtype)
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    stored = torch.float64 if double else torch.float32
+    grad_output = options.pop("grad_output", None)
+    options = {**options, "return_terms": True}
+    actual = run(backend, student, teacher, labels, grad_output=grad_output, **options)
+    assert actual.loss.dtype == actual.soft.dtype == stored
+
+    reduction = options.get("reduction", "batchmean")
+    leading, N = student.shape[:-1], student.shape[:-1].numel()
+    divisor = 1.0
+    if reduction == "batchmean":
+        items = options.get("num_items")
+        counting = labels is None or labels != options.get("ignore_index", -100)
+        counting = N if labels is None else int(counting.sum())
+        divisor = max(counting, 1) if items is None else float(items)
+    factor = torch.as_tensor(1.0 if grad_output is None else grad_output, dtype=torch.float64)
+    exact = {**options, "inplace": False, "reduction": "none", "num_items": None}
+    expected = run("reference", student.double(), teacher.double(), labels,
+                   grad_output=(factor / divisor).expand(leading), **exact)  # fmt: skip
+
+    bounds = Allowance(student, teacher, labels, options)
+    soft, hard = (
+        x if x is None else x.reshape(-1) / divisor for x in (expected.soft, expected.hard)
+    )
+    soft_bound, hard_bound = bounds.rows(soft, hard)
+    alpha = options.get("alpha", 1.0)
+    both = hard_bound is not None and 0 < alpha < 1
+    loss_bound = hard_bound if alpha == 0 else soft_bound
+    if both:
+        loss_bound = alpha * soft_bound + (1 - alpha) * hard_bound
+    for name, bound in (("soft", soft_bound), ("hard", hard_bound), ("loss", loss_bound)):
+        a, e = getattr(actual, name), getattr(expected, name)
+        if e is None:
+            assert a is None
+            continue
+        if reduction == "none":
+            bound = bound.reshape(leading)
+        else:
+            bound, e = bound.sum(), e.sum() / divisor
+        assert_close(a, e, stored, bound, what=name)
+
+    bound = bounds.gradient().reshape(student.shape) * factor.abs().reshape(*factor.shape, 1)
+    roundings, spacings = 1, 1.0
+    if grad_output is not None:
+        roundings, spacings = 2, 1 + factor.abs().max().item()  # forward stores, then backward
+    if student.dtype == torch.float16 and bounds.N:
+        # Stored times a power of two that brings the largest weight to at least 2^7.
+        weight = bounds.weight.abs() * (alpha * bounds.T.squeeze(-1) + 1 - alpha)
+        spacings = 1 + weight.max().item() / 2**7 * factor.abs().max().item()
+    assert_close(
+        actual.gradient, expected.gradient, student.dtype, bound,
+        roundings=roundings, spacings=spacings, what="gradient",
+    )  # fmt: skip
+    return actual
