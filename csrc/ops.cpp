@@ -151,6 +151,7 @@ void scale_rows_cpu(Tensor dstudent, const Tensor& scale) {
 // The instruction set in use, after limiting it to the index-th of those this processor has, widest
 // first; "" where there are fewer. For tests and `python -m fastkd`.
 std::string cpu_instruction_set(int64_t index) {
+  index = std::clamp<int64_t>(index, -1, 99);
   const cpu::Kernels* kernels = cpu::supported_kernels(static_cast<int>(index));
   if (kernels == nullptr) return "";
   cpu::limit_kernels(static_cast<int>(index));

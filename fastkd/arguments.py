@@ -18,7 +18,9 @@ REDUCTIONS = ("batchmean", "sum", "none")
 
 def on_host(tensor: Tensor) -> bool:
     """Whether the values may be looked at without a device sync or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor holds no values
 
 
 def is_number(value: Any) -> bool:
@@ -90,6 +92,8 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one value, got shape {tuple(num_items.shape)}")
+        if on_host(num_items) and not 0 < num_items.item() < math.inf:
+            raise ValueError(f"num_items must be finite and > 0, got {num_items.item()}")
     elif not is_number(num_items):
         raise TypeError(
             f"num_items must be a number or a tensor of one, got {type(num_items).__name__}"
@@ -100,6 +104,8 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
 
 def check_rows(name: str, values: Tensor, student: Tensor) -> Tensor:
     """One value per row, in the leading shape of the logits or flat; returned flat, [N]."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(values).__name__}")
     leading = student.shape[:-1]
     if values.shape != leading and tuple(values.shape) != (math.prod(leading),):
         raise ValueError(
@@ -197,9 +203,18 @@ def check_inplace(student: Tensor) -> None:
             "inplace=True would overwrite student_logits, which is (a view of) a leaf that "
             "requires a gradient: pass inplace=False, or the output of the model"
         )
-    expanded = [s for s, n in zip(student.stride(), student.shape, strict=True) if n > 1 and s == 0]
-    if expanded:
+    if torch.compiler.is_compiling():  # strides may be symbols, which have no order
+        return
+    # Ordered by stride, each dimension must step over the whole of the one before.
+    reach = 0
+    overlap = False
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1:
+            overlap = overlap or stride <= reach
+            reach += stride * (size - 1)
+    if overlap:
         raise ValueError(
             "inplace=True needs student_logits whose elements each have memory of their own, got "
-            f"an expanded tensor with strides {student.stride()}: pass student_logits.clone()"
+            f"shape {tuple(student.shape)} with strides {student.stride()}: pass "
+            "student_logits.clone()"
         )

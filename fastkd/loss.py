@@ -39,7 +39,7 @@ def _inverse_and_square(
     """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
     if not isinstance(temperature, Tensor):
         N = logits.shape[:-1].numel()
-        inverse = torch.full((N,), 1 / temperature, dtype=dtype, device=logits.device)
+        inverse = torch.ones(N, dtype=dtype, device=logits.device) / temperature
         return inverse, temperature * temperature
     temperature = temperature.detach().to(dtype)
     usable = (temperature > 0) & (temperature < torch.inf)
@@ -262,7 +262,11 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         changed = {name: getattr(self, name) for name in _OPTIONS}
-        return ", ".join(f"{k}={v!r}" for k, v in changed.items() if v is not _OPTIONS[k])
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in changed.items()
+            if isinstance(value, Tensor) or value != _OPTIONS[name]
+        )
 
 
 KDLoss.__signature__ = inspect.signature(kd_loss).replace(  # type: ignore[attr-defined]

@@ -147,6 +147,10 @@ def _is_view(rows: Tensor, logits: Tensor) -> bool:
     return all(s == n1 * s1 for (_, s), (n1, s1) in pairwise(outer))
 
 
+# torch sums 32768 numbers on one thread and more on all: in an order that depends on how many.
+_SERIAL_SUM = 16384
+
+
 class Request(NamedTuple):
     """One call of a loss, less the student's logits: the kernel's arguments and the reduction."""
 
@@ -169,12 +173,14 @@ class Request(NamedTuple):
 Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, soft, hard
 
 
-def _float16_scale(inv_temperature: Tensor, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _float16_scale(
+    inv_temperature: Tensor, soft: Tensor | None, hard: Tensor | None, beta: float
+) -> Tensor:
     """A power of two that brings the largest gradient these weights allow to about 2^8.
 
     float16 ends at 6e-8 and a gradient is of the order of 1 / (V N): so it is stored scaled, and
-    backward divides. |q - p| <= 1, and the gradients of the other divergences exceed 1 by less
-    than the 2^8 that are left up to the largest float16.
+    backward divides. |q - p| <= 1, and the gradient of a mixture's divergence is hardly larger;
+    that of the reverse one grows with the gap between the logits: 2^4 leaves it room up to 4000.
     """
     bound = torch.zeros_like(inv_temperature)
     if soft is not None:
@@ -184,7 +190,7 @@ def _float16_scale(inv_temperature: Tensor, soft: Tensor | None, hard: Tensor | 
     if bound.numel() == 0:
         return bound.new_ones(())
     _, exponent = torch.frexp(bound.amax().nan_to_num())
-    return torch.exp2((8 - exponent).to(bound.dtype))
+    return torch.exp2(((8 if beta < 1 else 4) - exponent).to(bound.dtype))
 
 
 def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
@@ -194,7 +200,9 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     hard_weight = hard_scale if hard_scale is None or alpha == 0 else hard_scale * (1 - alpha)
     scale = None
     if dstudent is not None and dstudent.dtype == torch.float16:
-        scale = _float16_scale(request.student_inv_temperature, soft_weight, hard_weight)
+        scale = _float16_scale(
+            request.student_inv_temperature, soft_weight, hard_weight, request.beta
+        )
         soft_weight = None if soft_weight is None else soft_weight * scale
         hard_weight = None if hard_weight is None else hard_weight * scale
     student_rows = as_rows(student)
@@ -222,7 +230,11 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
         if scale is None:
             return None
         rows = rows * scale
-        return rows.view(student.shape[:-1]) if request.per_row else rows.sum()
+        if request.per_row:
+            return rows.view(student.shape[:-1])
+        if rows.shape[0] <= _SERIAL_SUM:
+            return rows.sum()
+        return torch.stack([part.sum() for part in rows.split(_SERIAL_SUM)]).sum()
 
     soft_term, hard_term = reduce(soft, soft_scale), reduce(hard, hard_scale)
     # A term of weight 0 stays out of the sum: 0 times an infinite term would be NaN.
@@ -246,7 +258,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     """Passes a gradient on, and raises where it is to be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, dloss: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -285,7 +297,8 @@ class _KDTerms(torch.autograd.Function):
             with torch.no_grad():
                 gradient = _KDTerms.backward(ctx, dloss)[0]
             assert gradient is not None
-            return _OnceDifferentiable.apply(gradient, dloss), None
+            anchor = torch.zeros((), device=gradient.device, requires_grad=True)
+            return _OnceDifferentiable.apply(gradient, anchor), None
         if ctx.spent:
             raise RuntimeError(
                 "kd_loss(inplace=True) was run backward a second time, but its gradient lives in "
@@ -313,4 +326,7 @@ def kd_terms(student: Tensor, request: Request) -> Terms:
     """The loss and its terms, reduced, with a graph where the student needs a gradient."""
     if student.requires_grad and torch.is_grad_enabled():
         return _KDTerms.apply(student, request)
-    return _run(student, request, None)[0]
+    loss, soft, hard = _run(student, request, None)[0]
+    if request.terms:  # as separate from the loss as with a graph
+        loss = loss.clone()
+    return loss, soft, hard

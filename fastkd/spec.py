@@ -72,6 +72,7 @@ def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, 
         divergence = beta * kl(lp, lm) + (1 - beta) * from_q
         gradient = (1 - beta) * q * (lq - lm - from_q)
     gradient = gradient.masked_fill(~kept | (x == -INF), 0)
+    divergence = divergence.masked_fill(~kept.any(-1, keepdim=True), NAN)  # no class, no p
     lost = divergence.isnan() | ((divergence == INF) & (beta == 1))
     return divergence.squeeze(-1), gradient.masked_fill(lost, NAN)
 
@@ -105,19 +106,52 @@ def kd_rows(
     terms and its gradient are 0 whatever its logits hold. A term of weight 0 in another row is
     computed and leaves no trace in the gradient. A label that is no class makes its row NaN.
     """
-    dtype = compute_dtype(student, teacher)
+    flat = [x.reshape(-1, x.shape[-1])[:, :vocab_size] for x in (student, teacher)]
+    N = flat[0].shape[0]
+    soft = student_inv_temperature.new_zeros(N)
+    hard, gradient = soft.clone(), None
+    if dstudent is not None:
+        gradient = dstudent.new_zeros(N, dstudent.shape[-1])
+    step = max(1, (1 << 22) // vocab_size)  # rows at a time: bounds the memory of what follows
+    for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
+        soft[rows], hard[rows], dz = _kd_rows(
+            flat[0][rows],
+            flat[1][rows],
+            None if labels is None else labels[rows],
+            student_inv_temperature[rows],
+            teacher_inv_temperature[rows],
+            None if soft_weight is None else soft_weight[rows],
+            None if hard_weight is None else hard_weight[rows],
+            keep,
+            beta,
+        )
+        if gradient is not None:
+            gradient[rows, :vocab_size] = dz.to(gradient.dtype)
+    if dstudent is not None and gradient is not None:
+        dstudent.copy_(gradient.view_as(dstudent))
+    return soft, hard
+
+
+def _kd_rows(
+    z: Tensor,  # [N, V], V = vocab_size
+    v: Tensor,  # [N, V]
+    labels: Tensor | None,
+    student_inv_temperature: Tensor,
+    teacher_inv_temperature: Tensor,
+    soft_weight: Tensor | None,
+    hard_weight: Tensor | None,
+    keep: int,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # In float64 wherever there is one: rounding is the business of the backends that are fast.
+    dtype = torch.float32 if z.device.type == "mps" else torch.float64
     weights = [w for w in (soft_weight, hard_weight) if w is not None]
-    skipped = torch.stack([w == 0 for w in weights]).all(0).unsqueeze(-1)  # [N, 1]
-
-    def rows(logits: Tensor) -> Tensor:
-        rows = logits[..., :vocab_size].reshape(-1, vocab_size).to(dtype)
-        return rows.masked_fill(skipped, 0)
-
-    z, v = rows(student), rows(teacher)
+    skipped = torch.stack([w == 0 for w in weights]).all(0)
+    z, v = (x.to(dtype).masked_fill(skipped.unsqueeze(-1), 0) for x in (z, v))
     lost = z.isnan().any(-1)
     if labels is not None:
-        labels = labels.masked_fill(skipped.squeeze(-1), 0)
-        lost = lost | (labels < 0) | (labels >= vocab_size)
+        labels = labels.masked_fill(skipped, 0)
+        lost = lost | (labels < 0) | (labels >= z.shape[-1])
     soft = hard = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
 
@@ -136,13 +170,8 @@ def kd_rows(
         assert labels is not None, "the hard term needs labels"
         hard, dz = hard_term(z, labels)
         gradient = add(gradient, hard_weight, dz)
-    if dstudent is not None:
-        shape = (*dstudent.shape[:-1], vocab_size)
-        gradient = gradient.masked_fill(skipped, 0)
-        dstudent[..., :vocab_size].copy_(gradient.view(shape))
-        dstudent[..., vocab_size:].zero_()
-    flat = skipped.squeeze(-1)
-    return soft.masked_fill(flat, 0), hard.masked_fill(flat, 0)
+    gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
+    return soft.masked_fill(skipped, 0), hard.masked_fill(skipped, 0), gradient
 
 
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:

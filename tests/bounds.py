@@ -20,11 +20,12 @@ class Allowance:
     """What float32 (float64) arithmetic may lose, per class of the gradient and per row of a term.
 
     From the probabilities of the oracle, in units of eps. A probability q = exp(u) / Z carries
-    8 for exp (1.2), the sum over a chunk's lanes (sqrt(256) / 4), the division and three products;
+    12 for exp (1.2, 5 without FMA), the sum over a chunk's lanes (sqrt(256) / 4), the division and three products;
     |ln q| for the rounding of u = (z - max) / T and of 1 / T, which exp turns into relative error;
-    and the same for Z, where the average of |u| is at most the entropy. A difference q - p or
-    ln q - ln p carries what its two sides do. Below the smallest normal number anything may be
-    flushed to 0.
+    and the same for Z, where the average of |u| is at most the entropy. One exponential may be
+    formed from the other and the difference of the logits, whose rounding is relative to |ln q -
+    ln p|. A difference q - p or ln q - ln p carries what its two sides do. What is below
+    the smallest normal number may be flushed to 0, or held at it.
     """
 
     def __init__(self, student, teacher, labels, options) -> None:
@@ -45,6 +46,7 @@ class Allowance:
         self.p, self.lp, self.rel_p, ln_p = self._softmax((v / teacher_T).masked_fill(~kept, -INF))
         # |ln q - ln p|, 0 where a class is absent on either side
         self.gap = (ln_q - ln_p).abs().nan_to_num(0, 0, 0)
+        self.rel_q, self.rel_p = self.rel_q + self.gap, self.rel_p + self.gap
         self.T = T
         self.weight = row_weights(labels, N, options)
         self.alpha, self.beta = options.get("alpha", 1.0), options.get("beta", 0.0)
@@ -57,7 +59,7 @@ class Allowance:
         lq = torch.log_softmax(x, -1)
         q = lq.exp()
         size = torch.where(q > 0, lq.abs(), 0)
-        return q, size, 8 + size + (q * size).sum(-1, keepdim=True), lq
+        return q, size, 12 + size + (q * size).sum(-1, keepdim=True), lq
 
     def soft_rows(self) -> Tensor:
         """Of soft_r / T^2: relative to every term of the sum, and first order in ln p, ln q."""
@@ -76,13 +78,13 @@ class Allowance:
         # two rows' maxima differ in.
         shift = (self.p.amax(-1).log() - self.q.amax(-1).log()).abs()
         shift = 8 * self.eps * torch.minimum(shift, shift * shift)
-        floor = self.tiny + torch.maximum(self.p, self.q).clamp_max(self.tiny) * gap
+        floor = self.tiny * (2 + gap)
         return (self.eps * (8 * terms + first) + second + floor).sum(-1) + shift
 
     def soft_gradient(self) -> Tensor:
         """Of dD/dx."""
         if self.beta == 0:
-            return self.eps * (self.q * self.rel_q + self.p * self.rel_p) + self.tiny
+            return self.eps * (self.q * self.rel_q + self.p * self.rel_p) + 2 * self.tiny
         gap, q = self.gap, self.q
         if self.beta < 1:
             # ln m cannot be far below ln q; and q may come as p + (q - p), rounded where p is.
@@ -92,7 +94,7 @@ class Allowance:
         mean = (q * bracket).sum(-1, keepdim=True)
         divergence = (q * gap).sum(-1, keepdim=True)
         allowance = self.eps * q * (bracket + divergence * self.rel_q) + self.eps * self.q * mean
-        return allowance + self.tiny + self.q.clamp_max(self.tiny) * (gap + divergence)
+        return allowance + self.tiny * (2 + gap + divergence)
 
     def hard_rows(self) -> Tensor:
         index = self._index()

@@ -21,7 +21,7 @@ def test_inplace_leaves_the_gradient_in_the_logits(backend):
             root = s.clone().to(dtype).requires_grad_()
             logits = root * 1
             loss = kd_loss(logits, t, reduction=reduction, inplace=True, backend=backend.name)
-            assert logits._version == 1
+            assert logits._version > 0
             loss.backward(torch.full_like(loss, g))
             assert torch.equal(root.grad, logits.detach())
             assert torch.equal(root.grad.cpu(), expected.gradient)

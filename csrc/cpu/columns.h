@@ -16,7 +16,13 @@ struct Frame {
 template <class T>
 struct Temperatures {
   T lead, other;  // inverse
-  bool same() const { return lead == other; }
+
+  // Whether x is best formed from the difference of the two logits, which is exact where they
+  // nearly agree; each is centred first where their temperatures or offsets differ.
+  bool direct(Frame<T> frame) const {
+    return lead == other && std::fabs(frame.lead - frame.other) * lead < 8 &&
+           std::fabs(frame.lead) * lead < 100;
+  }
 };
 
 // With e = exp((logit - frame) / T) and x = the scaled lead minus the scaled other:
@@ -47,21 +53,22 @@ enum class Keep {
 // The second exponential is e_lead times 2^y, y the difference of the logits: one polynomial gives
 // it, the difference e_other - e_lead and phi, each to its own relative precision. Two exponentials
 // formed apart and subtracted would keep none of the digits a converged student is about. That
-// needs an e_lead that does not underflow: it is held at 2^-80, which no sum of the row can feel.
+// needs an e_lead that does not underflow: it is held at 2^-126, the smallest there is but 0.
 //
 // kPruned: classes whose teacher is below `threshold` do not exist; nothing of them is kept.
-template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kSameTemperature, class T>
+template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kDirect, class T>
 FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict other, int64_t n,
                                    Frame<T> frame, Temperatures<T> inverse, T threshold,
                                    T* __restrict a, T* __restrict b) {
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
-  const T lowest = frame.lead - T(80) / scale_lead;
+  constexpr T kLowest = Level<T>::kLowest;
+  const T lowest = frame.lead + kLowest / scale_lead;
   const T shift = frame.lead - frame.other;
   T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, probe = 0;
-  T min_lead = kInf<T>;
+  T min_lead = kInf<T>, min_other = kInf<T>;
   typename Level<T>::Type level_lead = Level<T>::kZero, level_ratio = Level<T>::kZero;
 #pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, probe) \
-    reduction(max : level_lead, level_ratio) reduction(min : min_lead)
+    reduction(max : level_lead, level_ratio) reduction(min : min_lead, min_other)
   for (int64_t i = 0; i < n; ++i) {
     T l = lead[i], o = other[i];
     const bool keep = !kPruned || (kTeacherLeads ? l : o) >= threshold;
@@ -70,11 +77,12 @@ FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict
       l = keep ? l : frame.lead;
       o = keep ? o : frame.other;
     }
-    if constexpr (!kTeacherLeads) min_lead = l < min_lead ? l : min_lead;
-    l = l < lowest ? lowest : l;
-    const T u_lead = (l - frame.lead) * scale_lead;
-    const T y =
-        kSameTemperature ? (o - l + shift) * scale_lead : (o - frame.other) * scale_other - u_lead;
+    min_lead = l < min_lead ? l : min_lead;
+    min_other = o < min_other ? o : min_other;
+    if constexpr (kDirect) l = l < lowest ? lowest : l;
+    T u_lead = (l - frame.lead) * scale_lead;
+    if constexpr (!kDirect) u_lead = u_lead < kLowest ? kLowest : u_lead;
+    const T y = kDirect ? (o - l + shift) * scale_lead : (o - frame.other) * scale_other - u_lead;
     const Exponential<T> exponential = exp2_normal(u_lead);
     const T e_lead = keep ? exponential.value : T(0);
     const Ratio<T> to_other = ratio(y);
@@ -87,14 +95,22 @@ FASTKD_INLINE Sums<T> exponentials(const T* __restrict lead, const T* __restrict
     sum_excess += e_lead * to_other.phi;
     sum_cross += e_lead * y;
     if constexpr (kKeep != Keep::kNothing) {
-      a[i] = e_lead;
-      b[i] = kKeep == Keep::kReverse ? e_lead * (y * -kLn2<T>) : difference;
+      // Beside a large x even 2^-126 would show: there it is 0.
+      const bool gone = kKeep == Keep::kReverse && (kDirect ? l <= lowest : u_lead <= kLowest);
+      const T kept = gone ? T(0) : e_lead;
+      a[i] = kept;
+      b[i] = kKeep == Keep::kReverse ? kept * (y * -kLn2<T>) : difference;
     }
   }
-  // In the reverse divergence a student at -inf has to come out exactly 0, not 2^-80.
-  if (min_lead == -kInf<T>) sum_lead = kNaN<T>;
-  const bool too_high = level_lead - Level<T>::kZero > 35 || level_ratio - Level<T>::kZero > 115 ||
-                        sum_other > 0x1p50;
+  // A logit at -inf has to come out exactly 0, not 2^-126; so has one so low that 2^-126 times x
+  // would show.
+  constexpr T kFar = 1e6;
+  if (!((frame.lead - min_lead) * scale_lead < kFar) ||
+      !((frame.other - min_other) * scale_other < kFar)) {
+    sum_lead = kNaN<T>;
+  }
+  const bool too_high = level_lead - Level<T>::kZero > 35 ||
+                        level_ratio - Level<T>::kZero > -Level<T>::kLowest || sum_other > 0x1p50;
   return {sum_lead, sum_other, sum_difference, sum_excess, sum_cross * -kLn2<T>,
           probe,    false,     too_high};
 }
@@ -107,11 +123,11 @@ FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
 
 // The same for any logits, with two exponentials; pruned classes come as -inf in both. What is kept
 // is 0 where both are -inf, and for the forward divergence where the other is.
-template <Keep kKeep, bool kSameTemperature, class T>
+template <Keep kKeep, bool kDirect, class T>
 FASTKD_INLINE Sums<T> exponentials_guarded(const T* __restrict lead, const T* __restrict other,
                                            int64_t n, Frame<T> frame, Temperatures<T> inverse,
                                            T* __restrict a, T* __restrict b) {
-  constexpr T kHuge = sizeof(T) == 4 ? T(1e30) : T(1e300);
+  constexpr T kHuge = std::numeric_limits<T>::max();
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   const T shift = frame.other - frame.lead;
   T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, forbidden = 0;
@@ -121,8 +137,8 @@ FASTKD_INLINE Sums<T> exponentials_guarded(const T* __restrict lead, const T* __
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
     const T e_lead = exp2_flushed(u_lead), e_other = exp2_flushed(u_other);
-    const T x = clamp(
-        kSameTemperature ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
+    const T x =
+        clamp(kDirect ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
     const bool small = (x < 0 ? -x : x) < T(0.25);
     const Ratio<T> to_other = ratio(small ? x * -kLog2E<T> : T(0));
     const T difference = small ? e_lead * to_other.minus_one : e_other - e_lead;

@@ -163,9 +163,9 @@ class Row {
       if (begin == 0 && !pruned_) sums_.frame = frame_of(student, teacher, n);
       sums_.add(read_soft(student, teacher, begin, n, valid));
       work_.soft_frames()[index] = sums_.frame;
-      balance();
+      balance(2);
     }
-    if (sums_.moved) read_again(valid);
+    if (call_.soft_weight) read_again(valid);
     return valid;
   }
 
@@ -177,10 +177,9 @@ class Row {
   // e_other - e_lead is kept, q - p wanted: the two agree where both sums are alike, and where
   // Z_other falls far below Z_lead, q is lost in the rounding of e_lead. So the frame of `other` is
   // moved to where the sums seen so far are alike.
-  FASTKD_INLINE void balance() {
-    constexpr double kAlike = 2;
+  FASTKD_INLINE void balance(double alike) {
     const double lead = sums_.lead, other = sums_.other;
-    if (!(lead > kAlike * other || other > kAlike * lead)) return;
+    if (!(lead > alike * other || other > alike * lead)) return;
     Frame<T> frame = sums_.frame;
     frame.other += static_cast<T>(std::log(other / lead) / inverse_.other);
     if (lead > 0 && other > 0 && std::isfinite(frame.other) && std::isfinite(frame.lead)) {
@@ -188,15 +187,20 @@ class Row {
     }
   }
 
-  // After moves: what was read too early for the frame that the row came to, mostly its first chunk
-  // or none. Where the sums have to be exact, because the rows turned out to agree, all of it.
+  // What was read too early for the frame that the row came to, mostly its first chunk or none. All
+  // of it where the distributions turned out to agree, so that the sums have to be exact.
   FASTKD_INLINE void read_again(bool& valid) {
     constexpr double kTolerable = 3;  // costs one or two bits of q at worst
-    const bool all = sums_.inexact &&
-                     sums_.cross / sums_.lead + std::log(sums_.other / sums_.lead) < 0.01;
+    const double log_ratio = std::log(sums_.other / sums_.lead);
+    const bool all = sums_.cross / sums_.lead + log_ratio < 0.01 &&
+                     (sums_.inexact || std::fabs(log_ratio) > 0.01);
     const bool kept = keep_ == Keep::kForward || keep_ == Keep::kMixture;
-    if (all) sums_ = {.frame = sums_.frame};
-    for (int64_t begin = 0, index = 0; begin < vocab_ && (all || kept); begin += kChunk, ++index) {
+    if (all) {
+      balance(1);
+      sums_ = {.frame = sums_.frame};
+    }
+    if (!all && !(kept && sums_.moved)) return;
+    for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       Frame<T>& frame = work_.soft_frames()[index];
       if (!all) {
         const Scales scale = scales(frame);
@@ -260,7 +264,7 @@ class Row {
 
   // Moves the row to a new frame where a chunk's maximum is far above the old one.
   FASTKD_INLINE bool outgrown(Frame<T> max) {
-    constexpr T kFar = 20;  // e < 2^29; with e_lead >= 2^-80, their ratio stays below 2^115
+    constexpr T kFar = 20;  // e < 2^29, far from overflow also in sums
     const Frame<T> old = sums_.frame;
     const auto grow = [](T old, T max, T inverse) __attribute__((always_inline)) {
       return (max - old) * inverse > kFar || !(old > -kInf<T>) ? max : old;
@@ -279,10 +283,11 @@ class Row {
         [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>() __attribute__((always_inline)) {
           const T* lead = kTeacherLeads ? teacher : student;
           const T* other = kTeacherLeads ? student : teacher;
-          return inverse_.same() ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
-                                       lead, other, n, sums_.frame, inverse_, threshold_, a, b)
-                                 : exponentials<kKeep, kPruned, kTeacherLeads, false>(
-                                       lead, other, n, sums_.frame, inverse_, threshold_, a, b);
+          return inverse_.direct(sums_.frame)
+                     ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
+                           lead, other, n, sums_.frame, inverse_, threshold_, a, b)
+                     : exponentials<kKeep, kPruned, kTeacherLeads, false>(
+                           lead, other, n, sums_.frame, inverse_, threshold_, a, b);
         };
     const auto pick = [&]<Keep kKeep, bool kTeacherLeads>() __attribute__((always_inline)) {
       return pruned_ ? run.template operator()<kKeep, kTeacherLeads, true>()
@@ -306,7 +311,7 @@ class Row {
     if (frame.other == -kInf<T>) frame.other = 0;
     T *a = work_.a() + begin, *b = work_.b() + begin;
     const auto run = [&]<Keep kKeep>() __attribute__((always_inline)) {
-      return inverse_.same()
+      return inverse_.direct(frame)
                  ? exponentials_guarded<kKeep, true>(lead, other, n, frame, inverse_, a, b)
                  : exponentials_guarded<kKeep, false>(lead, other, n, frame, inverse_, a, b);
     };

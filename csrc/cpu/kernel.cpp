@@ -27,6 +27,7 @@ std::atomic<int> limit{0};
 }  // namespace
 
 const Kernels* supported_kernels(int index) {
+  if (index < 0) return nullptr;
   for (const Kernels& kernels : kTable) {
     if (kernels.supported() && index-- == 0) return &kernels;
   }
