@@ -215,6 +215,6 @@ def check_inplace(student: Tensor) -> None:
     if overlap:
         raise ValueError(
             "inplace=True needs student_logits whose elements each have memory of their own, got "
-            f"shape {tuple(student.shape)} with strides {student.stride()}: pass "
-            "student_logits.clone()"
+            f"an expanded or overlapping tensor of shape {tuple(student.shape)} with strides "
+            f"{student.stride()}: pass student_logits.clone()"
         )

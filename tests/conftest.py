@@ -259,7 +259,10 @@ def check(backend: Backend, student: Tensor, teacher: Tensor, labels=None, **opt
     if student.dtype == torch.float16 and bounds.N:
         # Stored times a power of two that brings the largest weight to at least 2^7, 2^3 reversed.
         weight = bounds.weight.abs() * (alpha * bounds.T.squeeze(-1) + 1 - alpha)
-        spacings = 1 + weight.max().item() / (2**7 if bounds.beta < 1 else 2**3) * factor.abs().max().item()
+        spacings = (
+            1
+            + weight.max().item() / (2**7 if bounds.beta < 1 else 2**3) * factor.abs().max().item()
+        )
     assert_close(
         actual.gradient, expected.gradient, student.dtype, bound,
         roundings=roundings, spacings=spacings, what="gradient",

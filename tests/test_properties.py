@@ -2,15 +2,16 @@
 
 import torch
 from conftest import BETAS, INF, NAN, Backend, check, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 # A fixed seed and no deadline: a failure here is a failure everywhere.
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=100,
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -48,7 +48,7 @@ struct RowSums {
       const double by_lead = (double{to.lead} - frame.lead) * inverse.lead;
       const double by_other = (double{to.other} - frame.other) * inverse.other;
       const double D = by_other - by_lead;
-      moved = true;
+      moved |= !(std::fabs(D) < 1e-3);
       const double w = std::exp(-by_lead);
       if (std::isfinite(D) && w > 0) {
         const double ratio = std::expm1(-D);
@@ -60,7 +60,7 @@ struct RowSums {
         difference = std::exp(-by_other) * other - w * lead;
         excess = w > 0 ? w * excess : difference;
         cross = 0;  // nothing, or infinite and counted as such
-        inexact = true;
+        moved = inexact = true;
       }
       lead *= w;
       other *= std::exp(-by_other);
@@ -192,8 +192,8 @@ class Row {
   FASTKD_INLINE void read_again(bool& valid) {
     constexpr double kTolerable = 3;  // costs one or two bits of q at worst
     const double log_ratio = std::log(sums_.other / sums_.lead);
-    const bool all = sums_.cross / sums_.lead + log_ratio < 0.01 &&
-                     (sums_.inexact || std::fabs(log_ratio) > 0.01);
+    const bool all =
+        sums_.cross / sums_.lead + log_ratio < 0.01 && (sums_.moved || std::fabs(log_ratio) > 0.01);
     const bool kept = keep_ == Keep::kForward || keep_ == Keep::kMixture;
     if (all) {
       balance(1);
@@ -232,6 +232,7 @@ class Row {
     }
     T beside;
     beside = *load_columns<T>(call_.student, row_, top, 1, &beside);
+    if (!std::isfinite(beside)) beside = -kInf<T>;  // of a class that is perhaps pruned
     sums_.frame =
         reverse_ ? Frame<T>{beside, teacher_row_[top]} : Frame<T>{teacher_row_[top], beside};
     return true;
@@ -244,10 +245,11 @@ class Row {
     guarded_ |= !std::isfinite(sums_.frame.lead) || !std::isfinite(sums_.frame.other);
     if (!guarded_) {
       chunk = run_exponentials(student, teacher, begin, n);
-      if (chunk.too_high && outgrown(frame_of(student, teacher, n))) {
+      if (chunk.too_high && !pruned_ && outgrown(frame_of(student, teacher, n))) {
         chunk = run_exponentials(student, teacher, begin, n);
       }
-      guarded_ = !std::isfinite(chunk.excess) || !std::isfinite(chunk.lead + chunk.other);
+      guarded_ = chunk.too_high || !std::isfinite(chunk.excess) ||
+                 !std::isfinite(chunk.lead + chunk.other);
       if (chunk.probe != 0) valid &= !has_nan(student, n);
     }
     if (guarded_) {
