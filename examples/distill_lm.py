@@ -15,8 +15,8 @@ rounding; the exit status is 1 if they do not.
 
 At the end: a plot of the curves, and a table of
   validation loss  cross-entropy in nats per token of held-out text, after the last step;
-  tokens/s         from the median step: the teacher's forward pass (if any), the student's, the loss,
-                   the backward pass and the optimizer;
+  tokens/s         from the median step: teacher forward (if any), student forward, loss,
+                   backward and optimizer;
   loss, share      the part of that step from the student's logits to their gradient. For this every
                    run detaches the logits into a leaf, runs the loss forward and backward down to
                    it, and goes on from its gradient;
