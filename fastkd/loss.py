@@ -39,6 +39,7 @@ def _inverse_and_square(
     """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
     if not isinstance(temperature, Tensor):
         N = logits.shape[:-1].numel()
+        # Not torch.full: Inductor keeps an earlier value of a fill that has become symbolic.
         inverse = torch.ones(N, dtype=dtype, device=logits.device) / temperature
         return inverse, temperature * temperature
     temperature = temperature.detach().to(dtype)
@@ -75,7 +76,7 @@ def _row_scales(
     if weights is None and not isinstance(divisor, Tensor):
         if isinstance(squared_temperature, Tensor):
             return squared_temperature / divisor, None
-        return torch.full_like(like, squared_temperature / divisor), None
+        return torch.ones_like(like) * (squared_temperature / divisor), None
     hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
     if counting is not None and token_weights is not None:
         hard = torch.where(counting, hard, 0)
