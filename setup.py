@@ -19,6 +19,7 @@ compile_args = [
     "-fvisibility=hidden",
     "-fopenmp-simd",  # honours `#pragma omp simd`; links no OpenMP
     "-fno-trapping-math",  # lets selections become blends; without it most loops stay scalar
+    "-fno-thread-jumps",  # it followed both cases of a selection through a whole polynomial
     "-Wall",
     *sanitizers,
 ]

@@ -18,6 +18,14 @@ struct Rows {
   int64_t offset(int64_t row) const {
     return row / inner * outer_stride + row % inner * inner_stride;
   }
+  int64_t element_bytes() const {
+    return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+  }
+  // A column need not exist: this is for prefetching.
+  uintptr_t address(int64_t row, int64_t column) const {
+    return reinterpret_cast<uintptr_t>(data) +
+           static_cast<uintptr_t>((offset(row) + column) * element_bytes());
+  }
 };
 
 // One call of fastkd::kd_rows; the meaning of every field is defined in fastkd/spec.py. The vectors

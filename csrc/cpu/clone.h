@@ -1,10 +1,10 @@
-// The kernels as templates, and the macro that makes one clone of them for an instruction set. Each
-// clone is a source file of its own: they build side by side.
+// The kernels of one instruction set. A clone of them is a source file that includes kernel.h, sets
+// its target, names the namespace FASTKD_ISA after it and includes this; they build side by side.
 #pragma once
 #include "kd_row.h"
-#include "kernel.h"
 
-namespace fastkd::cpu {
+namespace fastkd::cpu::FASTKD_ISA {
+
 // Kept from call to call: fresh memory would fault in page by page, each time anew.
 template <class T>
 Workspace<T>& workspace(int64_t vocab_size) {
@@ -17,22 +17,22 @@ Workspace<T>& workspace(int64_t vocab_size) {
 }
 
 template <class T>
-FASTKD_INLINE void kd_rows(const KdRows& call, std::atomic<int64_t>& next) {
+void kd_rows_of(const KdRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(call.vocab_size);
   for (int64_t row; (row = next++) < call.N;) Row<T>(call, work, row).run();
 }
 
 template <class T, class Stored>
-FASTKD_INLINE void scale_row(Stored* __restrict values, int64_t n, T scale) {
+void scale_row(Stored* __restrict values, int64_t n, T scale) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     values[i] = store<Stored>(static_cast<T>(load(values[i])) * scale);
   }
 }
 
-FASTKD_INLINE void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next) {
-  dispatch(call.dstudent.dtype, [&](auto* stored) __attribute__((always_inline)) {
+void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next) {
+  dispatch(call.dstudent.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
     for (int64_t row; (row = next++) < call.N;) {
@@ -44,16 +44,6 @@ FASTKD_INLINE void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next)
   });
 }
 
-// `attributes` name the target, which decides how the loops above vectorise. double is for
-// accuracy, not for speed: it has no clones.
-#define FASTKD_CLONE(isa, attributes)                                                   \
-  namespace fastkd::cpu {                                                               \
-  attributes void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next) {       \
-    kd_rows<float>(call, next);                                                         \
-  }                                                                                     \
-  attributes void scale_rows_##isa(const ScaleRows& call, std::atomic<int64_t>& next) { \
-    scale_rows(call, next);                                                             \
-  }                                                                                     \
-  }
+void kd_rows(const KdRows& call, std::atomic<int64_t>& next) { kd_rows_of<float>(call, next); }
 
-}  // namespace fastkd::cpu
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,5 +1,7 @@
-#include "clone.h"
+#include "kernel.h"
 
 #if defined(__x86_64__)
-FASTKD_CLONE(avx2, __attribute__((flatten, target("arch=x86-64-v3"))))
+#pragma GCC target("arch=x86-64-v3")
+#define FASTKD_ISA avx2
+#include "clone.h"
 #endif

@@ -1,5 +1,7 @@
-#include "clone.h"
+#include "kernel.h"
 
 #if defined(__x86_64__)
-FASTKD_CLONE(avx512, __attribute__((flatten, target("arch=x86-64-v4,prefer-vector-width=512"))))
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define FASTKD_ISA avx512
+#include "clone.h"
 #endif

@@ -1,3 +1,7 @@
+#define FASTKD_ISA baseline
 #include "clone.h"
 
-FASTKD_CLONE(baseline, __attribute__((flatten)))
+// double is for accuracy, not for speed: it has no clones.
+void fastkd::cpu::kd_rows_double(const KdRows& call, std::atomic<int64_t>& next) {
+  baseline::kd_rows_of<double>(call, next);
+}

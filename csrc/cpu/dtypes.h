@@ -1,14 +1,13 @@
 // Conversion between the stored dtypes and the dtype of the arithmetic, written as loops over bits
 // that vectorise at every instruction set (F16C intrinsics and library types do not).
 #pragma once
-#include <cstdint>
-#include <type_traits>
-
-#include "../rows.h"
+#include "kernel.h"
 
 #define FASTKD_INLINE inline __attribute__((always_inline))
+// A loop worth a call, compiled once however often it is used.
+#define FASTKD_LOOP __attribute__((noinline))
 
-namespace fastkd::cpu {
+namespace fastkd::cpu::FASTKD_ISA {
 
 struct BFloat16 {
   uint16_t bits;
@@ -100,8 +99,8 @@ FASTKD_INLINE void dispatch(DType dtype, const Fn& fn) {
 // n logits of a row from column `begin` on, in the dtype T of the arithmetic: in place where they
 // are stored so, else converted into `scratch`.
 template <class T>
-FASTKD_INLINE const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
-                                    T* __restrict scratch) {
+const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
+                      T* __restrict scratch) {
   const T* columns = scratch;
   dispatch(rows.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
@@ -117,4 +116,18 @@ FASTKD_INLINE const T* load_columns(const Rows& rows, int64_t row, int64_t begin
   return columns;
 }
 
-}  // namespace fastkd::cpu
+// The logits of some columns of a row, into `gathered`, which is returned.
+template <class T>
+const T* gather_columns(const Rows& rows, int64_t row, const int32_t* columns, int64_t n,
+                        T* __restrict gathered) {
+  dispatch(rows.dtype, [&](auto* stored) {
+    using Stored = std::remove_pointer_t<decltype(stored)>;
+    if constexpr (sizeof(Stored) <= sizeof(T)) {
+      const Stored* source = static_cast<const Stored*>(rows.data) + rows.offset(row);
+      for (int64_t i = 0; i < n; ++i) gathered[i] = static_cast<T>(load(source[columns[i]]));
+    }
+  });
+  return gathered;
+}
+
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,10 +1,12 @@
-#include "clone.h"
+#include "kernel.h"
 
 namespace fastkd::cpu {
 
 #define FASTKD_DECLARE(isa)                                           \
-  void kd_rows_##isa(const KdRows& call, std::atomic<int64_t>& next); \
-  void scale_rows_##isa(const ScaleRows& call, std::atomic<int64_t>& next);
+  namespace isa {                                                     \
+  void kd_rows(const KdRows& call, std::atomic<int64_t>& next);       \
+  void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next); \
+  }
 FASTKD_DECLARE(avx512)
 FASTKD_DECLARE(avx2)
 FASTKD_DECLARE(baseline)
@@ -14,12 +16,12 @@ namespace {
 
 constexpr Kernels kTable[] = {
 #if defined(__x86_64__)
-    {"AVX-512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, kd_rows_avx512,
-     scale_rows_avx512},
-    {"AVX2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, kd_rows_avx2,
-     scale_rows_avx2},
+    {"AVX-512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::kd_rows,
+     avx512::scale_rows},
+    {"AVX2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::kd_rows,
+     avx2::scale_rows},
 #endif
-    {"baseline", [] { return true; }, kd_rows_baseline, scale_rows_baseline},
+    {"baseline", [] { return true; }, baseline::kd_rows, baseline::scale_rows},
 };
 
 std::atomic<int> limit{0};
@@ -37,7 +39,5 @@ const Kernels* supported_kernels(int index) {
 void limit_kernels(int index) { limit = index; }
 
 const Kernels& kernels() { return *supported_kernels(limit); }
-
-void kd_rows_double(const KdRows& call, std::atomic<int64_t>& next) { kd_rows<double>(call, next); }
 
 }  // namespace fastkd::cpu

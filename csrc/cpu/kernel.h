@@ -1,6 +1,15 @@
 // The CPU kernels, compiled once per instruction set from one source and chosen when first called.
+//
+// What the clones share is included here, before any of them names its target: an inline function
+// that the linker kept from the AVX-512 clone would end every other processor's run.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
 
 #include "../rows.h"
 

@@ -1,12 +1,9 @@
 // The elementary functions of the loss: branch-free, so that loops over them vectorise.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <limits>
 
 #include "dtypes.h"
 
-namespace fastkd::cpu {
+namespace fastkd::cpu::FASTKD_ISA {
 
 template <class T>
 constexpr T kInf = std::numeric_limits<T>::infinity();
@@ -147,4 +144,4 @@ class FlushToZero {
 #endif
 };
 
-}  // namespace fastkd::cpu
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,10 +1,8 @@
 // The exact keep-th largest value of a row, in time that hardly depends on keep.
 #pragma once
-#include <algorithm>
-
 #include "columns.h"
 
-namespace fastkd::cpu {
+namespace fastkd::cpu::FASTKD_ISA {
 
 // How many values exceed each of four ascending pivots, and how many are NaN (counted on demand).
 template <class T>
@@ -14,7 +12,7 @@ struct Counts {
 };
 
 template <bool kCountNaN, class T>
-FASTKD_INLINE Counts<T> count_above(const T* __restrict values, int64_t n, const T* pivots) {
+FASTKD_LOOP Counts<T> count_above(const T* __restrict values, int64_t n, const T* pivots) {
   const T p0 = pivots[0], p1 = pivots[1], p2 = pivots[2], p3 = pivots[3];
   int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0, nan = 0;
 #pragma omp simd reduction(+ : c0, c1, c2, c3, nan)
@@ -39,8 +37,8 @@ FASTKD_INLINE bool any_inside(const T* __restrict values, int64_t n, T low, T hi
 // Writes the values in (low, high] to `found` [n + 16]; low may be NaN: no lower bound. Few are
 // expected: blocks and then parts of blocks without any cost a vector comparison.
 template <class T>
-FASTKD_INLINE int64_t collect(const T* __restrict values, int64_t n, T low, T high,
-                              T* __restrict found) {
+FASTKD_LOOP int64_t collect(const T* __restrict values, int64_t n, T low, T high,
+                            T* __restrict found) {
   constexpr int64_t kBlock = 128, kPart = 16;
   int64_t count = 0, begin = 0;
   const auto take = [&](int64_t from, int64_t length) __attribute__((always_inline)) {
@@ -59,8 +57,38 @@ FASTKD_INLINE int64_t collect(const T* __restrict values, int64_t n, T low, T hi
   return count;
 }
 
+// The columns whose value is at least `threshold`, ascending, to `columns` [limit + 128]. More than
+// `limit`: there are more, and the rest is not written.
 template <class T>
-FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts from 1
+FASTKD_LOOP int64_t columns_from(const T* __restrict values, int64_t n, T threshold, int64_t limit,
+                                 int32_t* __restrict columns) {
+  constexpr int64_t kBlock = 128, kPart = 16;
+  int64_t count = 0;
+  const auto any = [&](int64_t from, int64_t length) __attribute__((always_inline)) {
+    int32_t hits = 0;
+#pragma omp simd reduction(+ : hits)
+    for (int64_t i = from; i < from + length; ++i) hits += values[i] >= threshold;
+    return hits != 0;
+  };
+  const auto take = [&](int64_t from, int64_t length) __attribute__((always_inline)) {
+    for (int64_t i = from; i < from + length; ++i) {
+      columns[count] = static_cast<int32_t>(i);
+      count += values[i] >= threshold;
+    }
+  };
+  int64_t begin = 0;
+  for (; begin + kBlock <= n && count <= limit; begin += kBlock) {
+    if (!any(begin, kBlock)) continue;
+    for (int64_t part = begin; part < begin + kBlock && count <= limit; part += kPart) {
+      if (any(part, kPart)) take(part, kPart);
+    }
+  }
+  if (count <= limit) take(begin, n - begin);
+  return count;
+}
+
+template <class T>
+FASTKD_LOOP T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts from 1
   std::nth_element(values, values + (nth - 1), values + n, [](T x, T y) { return x > y; });
   return values[nth - 1];
 }
@@ -72,7 +100,7 @@ FASTKD_INLINE T nth_largest(T* values, int64_t n, int64_t nth) {  // nth counts 
 // in it is collected and searched. Every count is exact, so a bad guess costs time and nothing
 // else.
 template <class T>
-FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch) {
+FASTKD_LOOP T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch) {
   constexpr int64_t kFew = 512;
   const int64_t sample_size = n < 65536 ? 256 : 512;
   T low = -kInf<T>, high = kInf<T>;
@@ -128,4 +156,4 @@ FASTKD_INLINE T kth_largest(const T* values, int64_t n, int64_t keep, T* scratch
   return nth_largest(scratch, n, keep);
 }
 
-}  // namespace fastkd::cpu
+}  // namespace fastkd::cpu::FASTKD_ISA
