@@ -10,195 +10,114 @@ once as one writes it in PyTorch, once as one call of `fastkd.kd_loss`. These tw
 rounding; the exit status is 1 if they do not.
 
     pip install fastkd tokenizers tqdm matplotlib
-    python examples/distill_lm.py                  # about 5 minutes on 2 cores
-    python examples/distill_lm.py --device cuda --batch 32 --steps 2000 --teacher-steps 6000 *.txt
+    python examples/distill_lm.py                  # about 4 minutes on 2 cores
+    python examples/distill_lm.py --device cuda --batch 32 --steps 2000 *.txt
 
 At the end: a plot of the curves, and a table of
   validation loss  cross-entropy in nats per token of held-out text, after the last step;
   tokens/s         from the median step: teacher forward (if any), student forward, loss,
                    backward and optimizer;
-  loss, share      the part of that step from the student's logits to their gradient. For this every
-                   run detaches the logits into a leaf, runs the loss forward and backward down to
-                   it, and goes on from its gradient;
-  peak memory      the most bytes that tensors hold at one time, above what they hold before: in a
-                   whole step (activations and gradients, not weights) and in the loss alone (both
-                   logits exist before). A GPU's allocator counts them; on a CPU it is the running
-                   sum of the allocations and releases that torch's profiler records.
+  loss             the part of that step between the student's logits and their gradient;
+  peak memory      the most that tensors hold at one time in a step, above what they hold before:
+                   activations, logits and gradients, not weights.
 """
 
 import argparse
-import dataclasses
 import json
 import math
+import os
 import platform
-import random
 import statistics
-import subprocess
-import sysconfig
-import tempfile
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import tokenizers
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
+from distill_lm_report import agreement, averaged, environment, plot, table
+from language_model import (
+    SMALLEST_VOCAB,
+    Size,
+    Transformer,
+    encode,
+    read_texts,
+    standard_library,
+    train_tokenizer,
+    windows,
+)
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fastkd
 
-Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]  # of student, teacher, labels
-
-
-class Size(NamedTuple):
-    width: int
-    layers: int
-    heads: int
-    learning_rate: float
-
+# Of the student's logits [N, V], the teacher's (None: no teacher), the labels [N], and the options.
+Loss = Callable[[Tensor, Tensor | None, Tensor, argparse.Namespace], Tensor]
 
 TEACHER = Size(width=192, layers=3, heads=3, learning_rate=2e-3)
 STUDENT = Size(width=96, layers=2, heads=2, learning_rate=3e-3)
-SMALLEST_VOCAB = len(ByteLevel.alphabet()) + 1  # every byte, and the end of a text
-TEXT_CAP = 20_000_000  # characters; more would only keep the tokenizer busy
-HOLD_OUT = 20  # one file in 20 is for validation; of fewer files, the last 20th of each
 VALIDATION_WINDOWS = 64
 EVALUATIONS = 8
-WARM_UP_STEPS = 3  # not in the medians
-# TODO bound
-CURVE_BOUND = 1e-3
+WARM_UP_STEPS = 3  # not in the medians; the last of them is the one whose memory is measured
+EPS = 1e-6
+TOLERANCE = 1e-3
 
 
-def standard_library() -> list[Path]:
-    """Its source files less tests, tables and what pip installed; shuffled, but always alike."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-    paths = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
-    random.Random(0).shuffle(paths)
-    return paths
+def cross_entropy(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, args: argparse.Namespace
+) -> Tensor:
+    return F.cross_entropy(student, labels)
 
 
-def read_texts(paths: list[Path]) -> tuple[list[str], list[str]]:
-    """The texts to train on and the texts held out."""
-    texts, left = [], TEXT_CAP
-    for path in paths:
-        texts.append(path.read_text(encoding="utf-8", errors="replace")[:left])
-        left -= len(texts[-1])
-    texts = [text for text in texts if text.strip()]
-    if len(texts) >= HOLD_OUT:
-        return [text for i, text in enumerate(texts) if i % HOLD_OUT], texts[::HOLD_OUT]
-    cuts = [len(text) - len(text) // HOLD_OUT for text in texts]
-    return (
-        [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-        [text[cut:] for text, cut in zip(texts, cuts, strict=True)],
+def distilled_fastkd(
+    student: Tensor, teacher: Tensor, labels: Tensor, args: argparse.Namespace
+) -> Tensor:
+    return fastkd.kd_loss(
+        student,
+        teacher,
+        labels,
+        temperature=args.temperature,
+        alpha=args.alpha,
+        top_k=args.top_k,
+        bottom_percentile=args.bottom_percentile,
+        inplace=True,  # nothing else needs the logits: their gradient takes their place
     )
 
 
-def train_tokenizer(texts: list[str], vocab: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE, which encodes any text, of `vocab` tokens or as many as the text yields."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return tokenizer
+def distilled_eager(
+    student: Tensor, teacher: Tensor, labels: Tensor, args: argparse.Namespace
+) -> Tensor:
+    """The same, as one writes it in PyTorch."""
+    hard = F.cross_entropy(student, labels)
+    student, scaled = student / args.temperature, teacher / args.temperature
+    V = teacher.shape[-1]
+    keep = max(1, min(args.top_k or V, V - int(V * args.bottom_percentile / 100 + 1e-6)))
+    if keep < V:
+        pruned = teacher < teacher.kthvalue(V - keep + 1, keepdim=True).values
+        # Not -inf: F.kl_div would multiply the student's by a probability of 0.
+        lowest = torch.finfo(student.dtype).min
+        student, scaled = student.masked_fill(pruned, lowest), scaled.masked_fill(pruned, lowest)
+    log_q, p = F.log_softmax(student, dim=-1), F.softmax(scaled, dim=-1)
+    soft = F.kl_div(log_q, p, reduction="batchmean") * args.temperature**2
+    return args.alpha * soft + (1 - args.alpha) * hard
 
 
-def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
-    """The tokens of all texts in one row, each text after an end-of-text token (0)."""
-    encoded = tokenizer.encode_batch_fast(texts)
-    return torch.tensor([token for text in encoded for token in (0, *text.ids)])
+@dataclass
+class Run:
+    """What one training run leaves behind."""
 
-
-def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels, [len(starts), context] each."""
-    index = starts[:, None] + torch.arange(context + 1)
-    block = tokens[index.to(tokens.device)]
-    return block[:, :-1], block[:, 1:]
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to its input."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # [batch, head, token, width / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Transformer(nn.Module):
-    """A decoder-only language model, [B, S] tokens -> [B, S, V] logits, its head its embedding."""
-
-    def __init__(self, size: Size, vocab: int, context: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocab, size.width)
-        self.position = nn.Embedding(context, size.width)
-        self.blocks = nn.Sequential(*(Block(size.width, size.heads) for _ in range(size.layers)))
-        self.norm = nn.LayerNorm(size.width)
-        for embedding in (self.token, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        # Scaled (Vaswani et al. 2017, section 3.4): the weights are small for the head's sake.
-        x = self.token(tokens) * self.token.embedding_dim**0.5
-        x = x + self.position.weight[: tokens.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.token.weight)
-
-
-def cross_entropy(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
-    return F.cross_entropy(student.flatten(0, 1), labels.flatten())
-
-
-def eager_loss(
-    temperature: float, alpha: float, top_k: int | None, bottom_percentile: float
-) -> Loss:
-    """The distilled loss as one writes it in PyTorch."""
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        hard = F.cross_entropy(student, labels.flatten())
-        student, teacher = student / temperature, teacher / temperature
-        V = teacher.shape[-1]
-        keep = min(top_k or V, max(1, V - int(V * bottom_percentile / 100 + 1e-6)))
-        if keep < V:
-            if top_k:
-                smallest = teacher.topk(keep).values[:, -1:]
-            else:
-                smallest = teacher.kthvalue(V - keep + 1, keepdim=True).values
-            # Not -inf: F.kl_div would multiply the student's by a probability of 0.
-            lowest = torch.finfo(student.dtype).min
-            pruned = teacher < smallest
-            student = student.masked_fill(pruned, lowest)
-            teacher = teacher.masked_fill(pruned, lowest)
-        log_q, p = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
-        soft = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
-        return alpha * soft + (1 - alpha) * hard
-
-    return loss
-
-
-def fastkd_loss(**options: Any) -> Loss:
-    """The same as one call."""
-    return lambda student, teacher, labels: fastkd.kd_loss(student, teacher, labels, **options)
+    name: str
+    training: list[float] = field(default_factory=list)  # the run's own loss, per step
+    validation: dict[int, float] = field(default_factory=dict)  # step: cross-entropy
+    tokens_per_second: float = 0.0
+    step_ms: float = 0.0
+    loss_ms: float = 0.0
+    peak_mib: float = 0.0
 
 
 def clock(device: torch.device) -> float:
@@ -208,47 +127,31 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_mib(work: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that tensors hold at one time during `work`, above what they hold before."""
-    if device.type != "cpu":
+@contextmanager
+def peak_memory(run: Run, device: torch.device) -> Iterator[None]:
+    """Notes the most bytes that tensors hold at one time, above what they hold before."""
+    if device.type == "cpu":
+        # The profiler records every allocation (+) and release (-): their running sum.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write over the progress bar
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield
+        events = profiler.profiler.kineto_results.events()
+        events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        peak = max(accumulate(event.nbytes() for event in events))
+    else:
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
-        work()
-        return (torch.accelerator.max_memory_allocated(device) - before) / 2**20
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak / 2**20
-
-
-@dataclasses.dataclass
-class Run:
-    """What one training run leaves behind."""
-
-    name: str
-    training: list[float] = dataclasses.field(default_factory=list)  # the run's own loss, per step
-    validation: dict[int, float] = dataclasses.field(default_factory=dict)  # step: cross-entropy
-    tokens_per_second: float = 0.0
-    step_ms: float = 0.0
-    loss_ms: float = 0.0
-    step_peak_mib: float = 0.0
-    loss_peak_mib: float = 0.0
+        yield
+        peak = torch.accelerator.max_memory_allocated(device) - before
+    run.peak_mib = peak / 2**20
 
 
 class Trainer:
     """What all runs have in common: the text and the settings."""
 
-    def __init__(self, tokens: Tensor, held_out: Tensor, vocab: int, args: argparse.Namespace):
+    def __init__(self, tokens: Tensor, held_out: Tensor, args: argparse.Namespace):
         self.tokens, self.held_out = tokens.to(args.device), held_out.to(args.device)
-        self.vocab, self.args = vocab, args
+        self.args = args
 
     @torch.no_grad()
     def validate(self, model: Transformer) -> float:
@@ -258,7 +161,7 @@ class Trainer:
         total = 0.0
         for batch in starts.split(self.args.batch):
             inputs, labels = windows(self.held_out, batch, self.args.context)
-            total += cross_entropy(model(inputs), None, labels).item() * len(batch)
+            total += F.cross_entropy(model(inputs), labels).item() * len(batch)
         return total / VALIDATION_WINDOWS
 
     def train(
@@ -267,118 +170,51 @@ class Trainer:
         """AdamW with warm-up and cosine decay; equal sizes get equal weights and batches."""
         args, run, times = self.args, Run(name), []
         torch.manual_seed(args.seed)
-        model = Transformer(size, self.vocab, args.context).to(args.device)
+        model = Transformer(size, args.vocab, args.context).to(args.device)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), fused=True
+            model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), eps=EPS, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: min(10 * (i + 1) / steps, (1 + math.cos(math.pi * i / steps)) / 2)
         )
 
-        def forward(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            with torch.no_grad():
-                target = None if teacher is None else teacher(inputs)
-            logits = model(inputs)
-            return logits, logits.detach().requires_grad_(), target
-
-        def gradients(inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-            """Returns the loss, and the seconds from the logits to their gradient."""
-            logits, leaf, target = forward(inputs)
+        def advance(inputs: Tensor, labels: Tensor) -> None:
+            """One step."""
             start = clock(args.device)
-            value = loss(leaf, target, labels)
-            value.backward()
-            seconds = clock(args.device) - start
-            logits.backward(leaf.grad)
-            return value.item(), seconds
+            teacher_logits = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = teacher(inputs)
+            logits = model(inputs)
 
-        every = math.ceil(steps / EVALUATIONS)
+            loss_start = clock(args.device)
+            loss_end = []
+            logits.register_hook(lambda _: loss_end.append(clock(args.device)))
+
+            value = loss(logits, teacher_logits, labels, args)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+            times.append((clock(args.device) - start, loss_end[0] - loss_start))
+            run.training.append(value.item())
+
+        every = max(10, math.ceil(steps / EVALUATIONS))
         progress = tqdm(range(1, steps + 1), desc=name, unit="step")
         for step in progress:
             starts = torch.randint(len(self.tokens) - args.context, (args.batch,))
-            inputs, labels = windows(self.tokens, starts, args.context)
-            start = clock(args.device)
-            value, loss_seconds = gradients(inputs, labels)
-            optimizer.step()
-            optimizer.zero_grad()
-            times.append((clock(args.device) - start, loss_seconds))
+            measured = step == WARM_UP_STEPS
+            with peak_memory(run, args.device) if measured else nullcontext():
+                advance(*windows(self.tokens, starts, args.context))
             schedule.step()
-            run.training.append(value)
             if step % every == 0 or step == steps:
                 run.validation[step] = self.validate(model)
                 progress.set_postfix_str(f"validation loss {run.validation[step]:.3f}")
 
-        columns = zip(*times[WARM_UP_STEPS:] or times, strict=True)
+        columns = zip(*times[WARM_UP_STEPS:], strict=True)
         run.step_ms, run.loss_ms = (1e3 * statistics.median(column) for column in columns)
         run.tokens_per_second = args.batch * args.context / run.step_ms * 1e3
-        _, leaf, target = forward(inputs)
-        run.loss_peak_mib = peak_mib(lambda: loss(leaf, target, labels).backward(), args.device)
-        run.step_peak_mib = peak_mib(lambda: gradients(inputs, labels), args.device)
         return model.requires_grad_(False), run
-
-
-def table(runs: list[Run]) -> str:
-    lines = [
-        f"{'':18}{'validation':>11}{'tokens/s':>10}{'step':>11}{'loss':>11}{'share':>8}"
-        f"{'peak: step':>13}{'loss':>11}"
-    ]
-    for run in runs:
-        lines.append(
-            f"{run.name:18}{list(run.validation.values())[-1]:11.4f}{run.tokens_per_second:10,.0f}"
-            f"{run.step_ms:8.1f} ms{run.loss_ms:8.1f} ms{run.loss_ms / run.step_ms:8.1%}"
-            f"{run.step_peak_mib:9,.0f} MiB{run.loss_peak_mib:7,.0f} MiB"
-        )
-    return "\n".join(lines)
-
-
-def plot(teacher: Run, students: list[Run], path: Path) -> None:
-    """The curves; the eager run is a wide line below the dashes of the fastkd run."""
-    styles = [
-        {"color": "0.5", "linewidth": 1.5},
-        {"color": "#ffb870", "linewidth": 6},
-        {"color": "#1f4e9c", "linewidth": 1.8, "linestyle": (0, (3, 2))},
-    ]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for run, style in zip(students, styles, strict=True):
-        left.plot(range(1, len(run.training) + 1), run.training, label=run.name, **style)
-        right.plot(list(run.validation), list(run.validation.values()), label=run.name, **style)
-    final = list(teacher.validation.values())[-1]
-    right.axhline(final, color="0.2", linewidth=1, linestyle=":", label=teacher.name)
-    left.set(title="Training: each run's own loss", xlabel="step", ylabel="loss")
-    right.set(title="Validation: cross-entropy", xlabel="step", ylabel="nats per token")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the numbers come from."""
-
-    def output(*command: str) -> str | None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    git = ("git", "-C", str(Path(__file__).parent))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "commit": output(*git, "rev-parse", "HEAD"),
-        "uncommitted": output(*git, "status", "--porcelain", "--untracked-files=no"),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "processor": names[0] if names else platform.processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {module.__name__: module.__version__ for module in (fastkd, torch, tokenizers)},
-        "backends": fastkd.backends(),
-    }
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -395,7 +231,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
-def make_parser() -> argparse.ArgumentParser:
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser, for errors that show later, and what it parsed."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -404,8 +241,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, default, text in (
         ("device", str, "cpu", "where to train: cpu, cuda, cuda:1"),
         ("vocab", number(int, SMALLEST_VOCAB), 32768, "size of the BPE vocabulary"),
-        ("steps", number(int, 1), 200, "of each student"),
-        ("teacher-steps", number(int, 1), 500, "of the teacher"),
+        ("steps", number(int, WARM_UP_STEPS + 1), 320, "of each student"),
+        ("teacher-steps", number(int, WARM_UP_STEPS + 1), None, "(none: 2.5 times --steps)"),
         ("batch", number(int, 1), 4, "windows of text per step"),
         ("context", number(int, 1), 64, "tokens per window"),
         ("temperature", number(float, 0.01, 1000), 2.0, "of both softmaxes"),
@@ -413,77 +250,100 @@ def make_parser() -> argparse.ArgumentParser:
         ("top-k", number(int, 1), None, "distil only the k likeliest classes of each row"),
         ("bottom-percentile", number(float, 0, 99.99), 0.0, "leave out the unlikeliest classes"),
         ("seed", number(int, 0), 0, "of weights and batches"),
-        ("threads", number(int, 1), None, "CPU threads (none: torch's default)"),
-        ("output", Path, Path("distill_lm.png"), "the plot, a PNG"),
-        ("json", Path, None, "where to save results, curves, settings and versions"),
+        ("json", Path, None, "where to save results, settings and versions"),
+        ("png", Path, None, "the plot (none: beside --json, or distill_lm.png)"),
     ):
         metavar = kind.__name__.upper()
         parser.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=metavar)
-    return parser
+    args = parser.parse_args()
 
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for path in args.files:
-        if not path.is_file():
-            parser.error(f"{path} is not a file")
-    if args.output.suffix.lower() != ".png":
-        parser.error(f"--output must end in .png, got {args.output}")
-    for path in filter(None, (args.output, args.json)):
-        if path.is_dir() or not path.parent.is_dir():
-            parser.error(f"cannot write {path}: it is a folder, or its folder does not exist")
-    if args.top_k is not None and args.top_k > args.vocab:
-        parser.error(f"--top-k must be at most --vocab, {args.vocab}, got {args.top_k}")
+    args.teacher_steps = args.teacher_steps or 5 * args.steps // 2
+    args.png = args.png or (args.json or Path("distill_lm")).with_suffix(".png")
+    try:
+        for path in filter(None, (args.json, args.png)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()  # refuses now, not after the training
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error.strerror}")
     try:
         args.device = torch.device(args.device)
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    return parser, args
+
+
+def text_data(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> tuple[tuple[Tensor, Tensor], str]:
+    """The tokens to train on, those held out, and a description."""
+    paths = args.files or standard_library()
+    try:
+        texts, held_out = read_texts(paths)
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
+    if not texts:
+        parser.error("no text found; name text files")
+    tokenizer = train_tokenizer(texts, args.vocab)
+    if (vocab := tokenizer.get_vocab_size()) < args.vocab:
+        parser.error(f"--vocab {args.vocab} is too large for this text, which yields {vocab}")
+    tokens = encode(tokenizer, texts), encode(tokenizer, held_out)
+    if min(map(len, tokens)) < args.context + 2:
+        parser.error(f"the text is too short for --context {args.context}")
+    files = (
+        "Text files" if args.files else f"Standard library of Python {platform.python_version()}"
+    )
+    return tokens, f"{files}: {len(tokens[0]):,} tokens and {len(tokens[1]):,} held out"
+
+
+def largest_difference(a: Iterable[float], b: Iterable[float]) -> float:
+    return (torch.tensor(list(a)) - torch.tensor(list(b))).abs().max().item()
 
 
 def main() -> None:
     started = time.perf_counter()
-    parser = make_parser()
-    args = parser.parse_args()
-    check(parser, args)
-    texts, held_out = read_texts(args.files or standard_library())
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    parser, args = arguments()
+    tokens, description = text_data(parser, args)
+    print(description, flush=True)
 
-    tokenizer = train_tokenizer(texts, args.vocab)
-    vocab = tokenizer.get_vocab_size()
-    data = encode(tokenizer, texts), encode(tokenizer, held_out)
-    if min(map(len, data)) < args.context + 2:
-        parser.error(f"the text is too short for --context {args.context}")
-    print(f"{len(data[0]):,} tokens of text, {len(data[1]):,} held out; vocabulary of {vocab:,}")
-    if vocab < args.vocab:
-        print(f"The text yields no more tokens than that: the models have {vocab}, not --vocab.")
-
-    trainer = Trainer(*data, vocab, args)
-    options = {
-        name: getattr(args, name) for name in ("temperature", "alpha", "top_k", "bottom_percentile")
-    }
+    trainer = Trainer(*tokens, args)
     teacher, teacher_run = trainer.train("teacher", TEACHER, args.teacher_steps, cross_entropy)
     students = [
         trainer.train(name, STUDENT, args.steps, loss, source)[1]
         for name, loss, source in (
             ("cross-entropy", cross_entropy, None),
-            ("distilled, eager", eager_loss(**options), teacher),
-            ("distilled, fastkd", fastkd_loss(**options), teacher),
+            ("distilled, eager", distilled_eager, teacher),
+            ("distilled, fastkd", distilled_fastkd, teacher),
         )
     ]
     _, eager, fused = students
-    differences = {
-        "training": [abs(a - b) for a, b in zip(eager.training, fused.training, strict=True)],
-        "validation": [
-            abs(a - b)
-            for a, b in zip(eager.validation.values(), fused.validation.values(), strict=True)
+
+    results = {
+        **environment(args.device),
+        "settings": {k: v for k, v in vars(args).items() if k not in ("files", "json", "png")},
+        "text": description,
+        "seconds": time.perf_counter() - started,
+        "tolerance": TOLERANCE,
+        "difference": {
+            "training": largest_difference(eager.training, fused.training),
+            "validation": largest_difference(eager.validation.values(), fused.validation.values()),
+        },
+        "runs": [
+            {
+                **asdict(run),
+                "training": averaged(run.training),
+                "validation": list(run.validation.items()),
+            }
+            for run in (teacher_run, *students)
         ],
     }
-    print(table([teacher_run, *students]))
-    print({k: max(v) for k, v in differences.items()})
-    print([f"{v:.1e}" for v in differences["training"]][::10])
-    print(time.perf_counter() - started)
-    plot(teacher_run, students, args.output)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    plot(results, args.png)
+    print(f"\n{table(results)}\n\n{agreement(results)}")
+    print(f"Curves in {args.png}; {results['seconds']:.0f} s in all.")
+    if not all(value <= TOLERANCE for value in results["difference"].values()):
+        sys.exit("The distilled curves do NOT agree to rounding.")
 
 
 if __name__ == "__main__":
