@@ -249,7 +249,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         ("alpha", number(float, 0, 1), 0.7, "weight of the soft term; 1 - alpha: the hard one"),
         ("top-k", number(int, 1), None, "distil only the k likeliest classes of each row"),
         ("bottom-percentile", number(float, 0, 99.99), 0.0, "leave out the unlikeliest classes"),
-        ("seed", number(int, 0), 0, "of weights and batches"),
+        ("seed", number(int, 0, 2**32 - 1), 0, "of weights and batches"),
         ("json", Path, None, "where to save results, settings and versions"),
         ("png", Path, None, "the plot (none: beside --json, or distill_lm.png)"),
     ):
@@ -262,7 +262,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     try:
         for path in filter(None, (args.json, args.png)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()  # refuses now, not after the training
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                parser.error(f"cannot write {path}")
     except OSError as error:
         parser.error(f"cannot write {path}: {error.strerror}")
     try:
