@@ -93,8 +93,13 @@ std::tuple<Tensor, Tensor> kd_rows_cpu(
   call.student = rows(student);
   call.teacher = rows(teacher);
   call.N = number_of_rows(student);
+  STD_TORCH_CHECK(number_of_rows(teacher) == call.N,
+                  "fastkd: teacher must have as many rows as student");
   if (dstudent) {
     call.dstudent = rows(*dstudent);
+    STD_TORCH_CHECK(
+        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
+        "fastkd: dstudent must have the rows and the V of student");
     const bool inplace = call.dstudent.data == call.student.data;
     if (!inplace && dstudent->is_contiguous()) advise_huge_pages(call.dstudent, call.N);
   }

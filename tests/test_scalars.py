@@ -170,23 +170,73 @@ def test_every_instruction_set_is_right(cpu_isa, beta):
     check(Backend("cpu"), s, t, some_labels(4, 3001), beta=beta, alpha=0.5, top_k=900)
 
 
-@pytest.mark.parametrize("change", ["vector dtype", "vector length", "labels int32", "no labels",
-                                    "keep 0", "vocab_size 0", "vocab_size large"])  # fmt: skip
+# (position, what is put there) of the arguments of kd_rows; two rows of 20.
+UNREADABLE = {
+    "vector dtype": (3, torch.ones(2)),
+    "vector length": (5, torch.ones(3).double()),
+    "labels int32": (2, torch.tensor([1, 2]).int()),
+    "labels length": (2, torch.tensor([1])),
+    "no labels": (2, None),
+    "keep 0": (8, 0),
+    "vocab_size 0": (9, 0),
+    "vocab_size large": (9, 21),
+    "student int": (0, torch.ones(1, 2, 20).int()),
+    "student stride": (0, torch.ones(2, 20, 2).double()[..., 0]),
+    "student 1-D": (0, torch.ones(40).double()),
+    "teacher rows": (1, torch.ones(1, 1, 20).double()),
+    "teacher rows 2-D": (1, torch.ones(3, 20).double()),
+    "teacher narrow": (1, torch.ones(1, 2, 19).double()),
+    "dstudent rows": (7, torch.ones(1, 1, 20).double()),
+    "dstudent narrow": (7, torch.ones(1, 2, 19).double()),
+    "dstudent wide": (7, torch.ones(2, 21).double()),
+    "dstudent bool": (7, torch.ones(1, 2, 20).bool()),
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE)
 def test_the_op_refuses_what_it_cannot_read(change):
     s, t = distinct(2, 20)
     like = {"dtype": torch.float64}
     args = [s[None], t[None], torch.tensor([1, 2]), *(torch.ones(2, **like) for _ in range(4)),
             torch.zeros(1, 2, 20, **like), 20, 20, 0.0]  # fmt: skip
     torch.ops.fastkd.kd_rows(*args)
-    at, value = {
-        "vector dtype": (3, torch.ones(2)),
-        "vector length": (5, torch.ones(3, **like)),
-        "labels int32": (2, torch.tensor([1, 2]).int()),
-        "no labels": (2, None),
-        "keep 0": (8, 0),
-        "vocab_size 0": (9, 0),
-        "vocab_size large": (9, 21),
-    }[change]
-    args[at] = value
+    at, args[at] = UNREADABLE[change]
     with pytest.raises(RuntimeError, match="fastkd"):
         torch.ops.fastkd.kd_rows(*args)
+
+
+def test_the_op_takes_the_same_rows_in_other_shapes():
+    """[N, V] beside [A, B, V]: the number of rows has to agree, not how it is written."""
+    s, t = distinct(6, 20)
+    ones = torch.ones(6, dtype=torch.float64)
+
+    def gradient(*shapes):
+        student, teacher = s.view(shapes[0]), t.view(shapes[1])
+        dstudent = torch.zeros(shapes[2], dtype=torch.float64)
+        torch.ops.fastkd.kd_rows(
+            student, teacher, None, ones, ones, ones, None, dstudent, 20, 20, 0.0
+        )
+        return dstudent.view(6, 20)
+
+    expected = gradient((6, 20), (6, 20), (6, 20))
+    assert torch.equal(gradient((2, 3, 20), (6, 20), (3, 2, 20)), expected)
+
+
+@pytest.mark.parametrize(
+    ("dstudent", "scale"),
+    [
+        (torch.ones(2, 20), torch.ones(3)),
+        (torch.ones(2, 20), torch.ones(0)),
+        (torch.ones(2, 20), torch.ones(4)[::2]),
+        (torch.ones(2, 20), torch.ones(2).half()),
+        (torch.ones(2, 20), torch.ones(2).long()),
+        (torch.ones(2, 20).int(), torch.ones(2)),
+        (torch.ones(2, 40)[:, ::2], torch.ones(2)),
+        (torch.ones(20), torch.ones(())),
+    ],
+    ids=["3 of 2", "none", "strided", "half", "int64", "dstudent int", "dstudent stride", "1-D"],
+)
+def test_scale_rows_refuses_what_it_cannot_read(dstudent, scale):
+    with pytest.raises(RuntimeError, match="fastkd"):
+        torch.ops.fastkd.scale_rows_(dstudent, scale)
+    assert (dstudent == 1).all()
