@@ -65,9 +65,9 @@ def _row_scales(
     divisor: float | Tensor = 1.0
     if reduction == "batchmean":
         if num_items is not None:
-            divisor = (
-                num_items.detach().to(like.dtype) if isinstance(num_items, Tensor) else num_items
-            )
+            divisor = num_items
+            if isinstance(num_items, Tensor):  # of any shape: it must not add dimensions to rows
+                divisor = num_items.detach().to(like.dtype).reshape(())
         elif counting is not None:
             divisor = counting.sum().clamp_min(1).to(like.dtype)
         else:

@@ -348,11 +348,25 @@ def test_module_refuses_unknown_options():
         KDLoss()(torch.ones(2, 3), torch.ones(2, 3), T=2.0)
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1), ()])
-def test_num_items_is_any_tensor_of_one(backend, shape):
-    s, t = normal(N, V).to(backend.device), torch.zeros(N, V, device=backend.device)
-    expected = kd_loss(s, t, num_items=7, backend=backend.name)
-    for labels in (None, LABELS.to(backend.device)):
-        items = torch.full(shape, 7.0, device=backend.device)
-        actual = kd_loss(s, t, labels, num_items=items, backend=backend.name)
-        torch.testing.assert_close(actual, expected)
+# The second: the reference goes over the rows in two parts, and the loss is summed in two.
+@pytest.mark.parametrize("size", [(N, V), (17_000, 250)], ids=["", "in parts"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (), (1, 1, 1)])
+def test_num_items_is_any_tensor_of_one(backend, shape, size):
+    """A 0-dim loss, and the bits that a number gives."""
+    if size[0] > N and shape != (1, 1):
+        pytest.skip("once is enough")
+    s = normal(*size).to(backend.device).requires_grad_()
+    t = torch.zeros(size, device=backend.device)
+    labels = some_labels(*size).to(backend.device)
+    weights = torch.ones(size[0], device=backend.device)
+    for given in ((), (labels,)) if size[0] == N else ((labels,),):
+        for options in ({}, {"token_weights": weights}, {"temperature": 2 * weights}):
+            results = []
+            for items in (8, torch.full(shape, 8.0, device=backend.device)):
+                out = kd_loss(s, t, *given, num_items=items, alpha=0.5 if given else 1.0,
+                              return_terms=True, backend=backend.name, **options)  # fmt: skip
+                terms = [x for x in out if x is not None]
+                assert all(x.shape == () for x in terms)
+                results.append((*terms, *torch.autograd.grad(out.loss, s)))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
