@@ -176,21 +176,21 @@ Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, soft, hard
 def _float16_scale(
     inv_temperature: Tensor, soft: Tensor | None, hard: Tensor | None, beta: float
 ) -> Tensor:
-    """A power of two that brings the largest gradient these weights allow to about 2^8.
+    """[N] powers of two, each bringing the largest gradient its row's weights allow to about 2^8.
 
     float16 ends at 6e-8 and a gradient is of the order of 1 / (V N): so it is stored scaled, and
     backward divides. |q - p| <= 1, and the gradient of a mixture's divergence is hardly larger;
     that of the reverse one grows with the gap between the logits: 2^4 leaves it room up to 4000.
+    Per row: one weight or temperature that is huge, infinite or NaN costs no other row its digits.
     """
     bound = torch.zeros_like(inv_temperature)
     if soft is not None:
         bound = bound + soft.abs() * inv_temperature
     if hard is not None:
         bound = bound + hard.abs()
-    if bound.numel() == 0:
-        return bound.new_ones(())
-    _, exponent = torch.frexp(bound.amax().nan_to_num())
-    return torch.exp2(((8 if beta < 1 else 4) - exponent).to(bound.dtype))
+    _, exponent = torch.frexp(bound)
+    exponent = ((8 if beta < 1 else 4) - exponent).clamp(-100, 100)  # also its inverse is finite
+    return torch.where((bound > 0) & (bound < torch.inf), torch.exp2(exponent.to(bound.dtype)), 1)
 
 
 def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
@@ -306,17 +306,20 @@ class _KDTerms(torch.autograd.Function):
             )
         (dstudent,) = ctx.saved_tensors
         dstudent = dstudent.detach()
+        if ctx.per_row or ctx.scale is not None:
+            dloss = dloss.reshape(-1)  # [N], or [1] beside a scale of [N]
         if ctx.scale is not None:
             dloss = dloss / ctx.scale
         if torch.compiler.is_compiling():  # it fuses the product, and sees no mutation
-            dloss = dloss.unsqueeze(-1) if ctx.per_row else dloss
+            if dloss.dim():
+                dloss = dloss.view(*dstudent.shape[:-1], 1)
             return (dstudent * dloss).to(dstudent.dtype), None
         if ctx.inplace:
             ctx.spent = True
         elif _keeps_graph():
             dstudent = dstudent.clone()
         rows = as_rows(dstudent)
-        ctx.ops[1](rows, dloss.reshape(-1).contiguous() if ctx.per_row else dloss)
+        ctx.ops[1](rows, dloss.contiguous())
         if not _is_view(rows, dstudent):
             dstudent.copy_(rows.view_as(dstudent))
         return dstudent, None

@@ -164,7 +164,7 @@ def assert_close(
     allowance: Tensor | float,
     *,
     roundings: float = 1,
-    spacings: float = 1,
+    spacings: Tensor | float = 1,
     what: str = "",
 ) -> None:
     """|actual - oracle64| within the store's rounding plus `allowance`; NaN and inf must agree.
@@ -184,7 +184,7 @@ def assert_close(
     assert torch.equal(actual.sign()[infinite], expected.sign()[infinite]), f"{what}: sign of inf"
     half_spacing = info.smallest_normal * info.eps / 2
     bound = roundings * info.eps / 2 * (expected.abs() + allowance)
-    bound += spacings * half_spacing + allowance
+    bound = bound + spacings * half_spacing + allowance
     if stored_dtype != torch.float16:
         bound += info.smallest_normal  # a subnormal result may be flushed
     finite = ~expected.isnan() & ~infinite

@@ -7,9 +7,24 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
 cd "$copy"
-FASTKD_SANITIZE=address,undefined python setup.py --quiet build_ext --inplace
+fail() { printf 'SANITIZERS: %s (%d s)\n' "$1" "$SECONDS" >&2; exit 1; }
+
+FASTKD_SANITIZE=address,undefined python setup.py --quiet build_ext --inplace >build.log 2>&1 ||
+  { cat build.log; fail "the build failed"; }
+printf 'built in %d s\n' "$SECONDS"
+nm -D fastkd/_C*.so >symbols
+for check in __asan_report_load4 __asan_report_store4 __ubsan_handle_; do
+  grep -q "$check" symbols || fail "the kernel is not instrumented: no $check"
+done
+
 # The sanitizers' libraries have to come before Python's own; Python and torch leak by design.
-export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export LD_PRELOAD="$LD_PRELOAD $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export PYTHONPATH="$copy"
-python -m pytest tests -p no:cacheprovider -k "not reference and not compile" "$@"
+export PYTHONPATH="$copy" FASTKD_SANITIZE=
+python -c 'import fastkd, sys; print(fastkd.__file__); sys.exit(bool(fastkd.backends()["cpu"]))' ||
+  fail "the kernel does not load"
+# Not what runs no kernel of ours, and not what tests/test_properties.py draws again in other sizes.
+python -m pytest tests -q -p no:cacheprovider -k "not reference and not compile" \
+  --ignore=tests/test_spec.py --durations=15 "$@" || fail "FAILED, see above"
+printf 'SANITIZERS: passed, nothing found (%d s)\n' "$SECONDS"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import BETAS, INF, NAN, check, normal, pair, run, some_labels
 
+import fastkd
 from fastkd import kd_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -226,6 +227,36 @@ def test_ignored_rows_touch_nothing(kernel, beta, value):
                 if reduction == "batchmean":
                     assert torch.equal(result.loss, clean.loss)
                     assert torch.equal(result.gradient, clean.gradient)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e30, 1e-30])
+@pytest.mark.parametrize("name", ["token_weights", "temperature", "teacher_temperature"])
+def test_odd_weight_or_temperature_stays_in_its_row(backend, monkeypatch, name, value):
+    """As a NaN logit does: the other rows come out bit for bit as beside a plain one.
+
+    float16 above all, whose gradient is stored scaled. Values that are not looked at, as on a GPU.
+    """
+    monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+    for dtype in (*DTYPES, torch.float64):
+        s, t = pair(3, 3000, dtype=dtype)
+        labels = some_labels(3, 3000)
+        for reduction, items, alpha, beta in (
+            ("sum", None, 1.0, 0.0),
+            ("none", None, 0.5, 0.5),
+            ("batchmean", 8192, 0.5, 1.0),
+        ):
+            options = {"reduction": reduction, "num_items": items, "alpha": alpha, "beta": beta}
+            results = []
+            for odd in (1.0, value):
+                options[name] = torch.tensor([1.0, odd, 2.0])
+                results.append(run(backend, s, t, labels, grad_output=1024.0, **options))
+            plain, spoilt = results
+            assert torch.equal(spoilt.gradient[[0, 2]], plain.gradient[[0, 2]])
+            assert (plain.gradient[[0, 2]] != 0).float().mean() > 0.5
+            if reduction == "none":
+                assert torch.equal(spoilt.loss[[0, 2]], plain.loss[[0, 2]])
+            if not math.isfinite(value):
+                assert not spoilt.gradient[1].isfinite().any()
 
 
 def test_rows_of_weight_0_are_skipped(kernel):
