@@ -33,7 +33,7 @@ setup(
     ext_modules=[
         CppExtension(
             "fastkd._C",
-            ["csrc/ops.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+            sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
             extra_compile_args=compile_args,
             extra_link_args=link_args,
             py_limited_api=True,

@@ -1,4 +1,4 @@
-// The plain structs between what knows torch (ops.cpp) and what knows the machine (cpu/).
+// The plain structs between what knows torch (tensors.h) and what knows the machine.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +20,9 @@ struct Rows {
   }
   int64_t element_bytes() const {
     return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+  }
+  bool is_contiguous() const {
+    return inner_stride == width && (outer_stride == 0 || outer_stride == inner * width);
   }
   // A column need not exist: this is for prefetching.
   uintptr_t address(int64_t row, int64_t column) const {

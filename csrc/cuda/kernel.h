@@ -1,0 +1,18 @@
+// The CUDA kernels as the host sees them: neither torch nor CUDA is needed to call them.
+#pragma once
+#include <cstddef>
+
+#include "../rows.h"
+
+namespace fastkd::cuda {
+
+// All pointers of a call are device memory of the current device; dtypes are float, bfloat16, half.
+
+// Bytes of scratch memory that kd_rows needs for this call; 0: none.
+size_t workspace_bytes(const KdRows& call);
+
+// Enqueue the work on `stream`, a cudaStream_t of the current device. Return null, or what is wrong.
+const char* kd_rows(const KdRows& call, void* workspace, void* stream);
+const char* scale_rows(const ScaleRows& call, void* stream);
+
+}  // namespace fastkd::cuda
