@@ -1,5 +1,6 @@
 """The CUDA kernels' module, fastkd._C_cuda: whether it is here, and the GPUs it is built for."""
 
+import ctypes
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -28,6 +29,16 @@ class Target(NamedTuple):
         return capability >= self.capability and (same_major or self.forward)
 
 
+def _driver_version() -> tuple[int, int] | None:
+    """The CUDA version that the driver supports, None without a driver; initialises nothing."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
 def _load() -> tuple[list[str], list[Target]]:
     """Register the kernels: why that cannot be done, and their targets. CUDA is not initialised."""
     reasons = []
@@ -44,7 +55,15 @@ def _load() -> tuple[list[str], list[Target]]:
         import_module("fastkd._C_cuda")
     except ImportError as error:  # the other backends run without it
         return [f"fastkd._C_cuda does not load: {error}"], []
-    return [], [Target.parse(name) for name in torch.ops.fastkd.cuda_targets().split()]
+    toolkit, *targets = torch.ops.fastkd.cuda_build().split()
+    driver = _driver_version()
+    if driver is not None and driver[0] < int(toolkit.partition(".")[0]):
+        # The CUDA runtime inside the module runs on drivers of its own major version and later.
+        reasons.append(
+            f"fastkd._C_cuda is built with CUDA {toolkit}, and the driver supports "
+            f"{driver[0]}.{driver[1]}"
+        )
+    return reasons, [Target.parse(name) for name in targets]
 
 
 MISSING, _TARGETS = _load()

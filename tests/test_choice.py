@@ -1,5 +1,6 @@
 """Which backend is taken, and the reasons why another is not, on machines that are not at hand."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -177,3 +178,24 @@ def test_the_choice_inside_a_compiled_graph(machine):
 
         compiled(torch.ones(3, dtype=dtype))
         assert chosen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (None, []),
+        ((13, 1), []),
+        ((14, 0), []),
+        ((12, 9), ["built with CUDA 13.0", "supports 12.9"]),
+    ],
+)
+def test_a_driver_too_old_for_the_runtime_inside_the_module(monkeypatch, driver, words):
+    build = SimpleNamespace(cuda_build=lambda: "13.0 sm_80 compute_120")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.ops, "fastkd", build)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(cuda, "import_module", lambda name: None)
+    monkeypatch.setattr(cuda, "_driver_version", lambda: driver)
+    reasons, targets = cuda._load()
+    assert [target.name for target in targets] == ["sm_80", "compute_120"]
+    assert len(reasons) == bool(words) and all(word in reasons[0] for word in words)
