@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,13 +45,19 @@ def cpu_module() -> Extension:
 
 
 def cuda_home() -> Path | None:
-    """Where nvcc is, unless FASTKD_CUDA=0 asks for a build without the CUDA kernels."""
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    wanted = os.environ.get("FASTKD_CUDA") != "0" and torch.version.hip is None
-    there = (home / "bin/nvcc").exists() and any(Path("csrc/cuda").glob("*.cu"))
-    return home if wanted and there else None
+    """Where the CUDA toolkit is, unless FASTKD_CUDA=0 asks for a build without its kernels."""
+    if os.environ.get("FASTKD_CUDA") == "0" or torch.version.hip is not None:
+        return None
+    if not any(Path("csrc/cuda").glob("*.cu")):
+        return None
+    nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()  # may be a link into the toolkit
+    for home in (os.environ.get("CUDA_HOME", "/usr/local/cuda"), nvcc.parents[1]):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / LIBRARIES).is_dir():
+            return Path(home)
+    return None
 
 
+LIBRARIES = "lib64"  # in the toolkit
 # One for every generation since Ampere that differs for these kernels; and PTX of the last, for
 # what comes later. An nvcc that does not know the newest builds the others.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -75,7 +82,7 @@ def cuda_module(home: Path) -> Extension:
     return CppExtension(  # CUDAExtension would link the CUDA libraries of the torch at hand
         "fastkd._C_cuda",
         ["csrc/cuda/ops.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
-        library_dirs=[str(home / "lib64")],
+        library_dirs=[str(home / LIBRARIES)],
         # Static: a shared one would have to be that of the torch at hand.
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={
