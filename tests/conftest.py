@@ -33,10 +33,11 @@ class Backend:
         return self.label or self.name
 
 
-# A further backend is one line here: Backend("cuda", "cuda", float64=False), say.
+# A further backend is one line here.
 BACKENDS = (
     Backend("reference"),
     Backend("cpu"),
+    Backend("cuda", "cuda", float64=False),
 )
 
 
