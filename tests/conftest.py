@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from bounds import INF, NAN, Allowance, assert_close
+from emulation import build
 from torch import Tensor
 
 import fastkd
@@ -38,6 +39,8 @@ BACKENDS = (
     Backend("reference"),
     Backend("cpu"),
     Backend("cuda", "cuda", float64=False),
+    # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
+    *(Backend(name, float64=False) for name in build.backends()),
 )
 
 
