@@ -48,8 +48,6 @@ def cuda_home() -> Path | None:
     """Where the CUDA toolkit is, unless FASTKD_CUDA=0 asks for a build without its kernels."""
     if os.environ.get("FASTKD_CUDA") == "0" or torch.version.hip is not None:
         return None
-    if not any(Path("csrc/cuda").glob("*.cu")):
-        return None
     nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()  # may be a link into the toolkit
     for home in (os.environ.get("CUDA_HOME", "/usr/local/cuda"), nvcc.parents[1]):
         if (Path(home) / "bin/nvcc").exists() and (Path(home) / LIBRARIES).is_dir():
