@@ -25,6 +25,7 @@ class Backend:
     float64: bool = True
     instruction_set: int = 0  # of the cpu backend: 0 is the widest this processor has
     label: str = ""
+    emulated: bool = False  # a hundred times slower
 
     def need(self, *dtypes: torch.dtype) -> None:
         if torch.float64 in dtypes and not self.float64:
@@ -40,7 +41,7 @@ BACKENDS = (
     Backend("cpu"),
     Backend("cuda", "cuda", float64=False),
     # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
-    *(Backend(name, float64=False) for name in build.backends()),
+    *(Backend(name, float64=False, emulated=True) for name in build.backends()),
 )
 
 
