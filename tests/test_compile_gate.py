@@ -17,6 +17,7 @@ needs_nvdisasm = pytest.mark.skipif(
 GOOD = {
     "registers": 128, "spill_bytes": 0, "stack_bytes": 0, "local_accesses": 0,
     "loads_of_128_bits": 48, "stores_of_128_bits": 12, "exponentials_per_pair": 2.25,
+    "reread_loads_of_128_bits": 16, "reread_stores_of_128_bits": 2,
 }  # fmt: skip
 
 PLANTED = """
@@ -50,7 +51,7 @@ def measured():
 
 
 def test_problems_are_found():
-    assert not list(gate.problems("kernel", GOOD))
+    assert not list(gate.problems("kd_rows", GOOD))
     for what, bad in (
         ("registers", 129),
         ("spill_bytes", 4),
@@ -58,9 +59,11 @@ def test_problems_are_found():
         ("local_accesses", 1),
         ("loads_of_128_bits", 0),
         ("stores_of_128_bits", 0),
+        ("reread_loads_of_128_bits", 0),
+        ("reread_stores_of_128_bits", 0),
         ("exponentials_per_pair", 4.0),
     ):
-        assert len(list(gate.problems("kernel", {**GOOD, what: bad}))) == 1, what
+        assert len(list(gate.problems("kd_rows", {**GOOD, what: bad}))) == 1, what
 
 
 @needs_nvcc
@@ -70,7 +73,7 @@ def test_a_planted_spill_is_seen(planted):
     narrow = next(of for name, of in found.items() if "narrow" in name)
     assert spilling["registers"] <= 32 and spilling["spill_bytes"] > 0
     assert narrow["spill_bytes"] == narrow["stack_bytes"] == 0
-    assert any("spill_bytes" in problem for problem in gate.problems("kernel", spilling))
+    assert any("spill_bytes" in problem for problem in gate.problems("kd_rows", spilling))
 
 
 @needs_nvcc
