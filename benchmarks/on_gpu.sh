@@ -34,7 +34,10 @@ build() {
     TORCH_CUDA_ARCH_LIST=$(python3 -c "$capability") || return
     export TORCH_CUDA_ARCH_LIST
   fi
-  python3 setup.py build_ext --inplace && python3 -m fastkd
+  # Beside pyproject.toml, which a setuptools older than 77 refuses.
+  mkdir -p "$OUT/build" && cp -r setup.py csrc "$OUT/build" &&
+    (cd "$OUT/build" && python3 setup.py build_ext --build-lib lib) &&
+    cp "$OUT"/build/lib/fastkd/*.so fastkd && python3 -m fastkd
 }
 
 tests() {
