@@ -1,5 +1,5 @@
-// The columns of one row, as a warp reads and writes them: 256 at a time, 8 to a lane, in vectors of
-// 16 bytes whatever the alignment of the row and wherever it ends. Which lane has which column
+// The columns of one row, as a warp reads and writes them: 256 at a time, 8 to a lane, in vectors
+// of 16 bytes whatever the alignment of the row and wherever it ends. Which lane has which column
 // depends on nothing but the dtypes, so that neither the alignment nor the neighbours of a row show
 // in the order of its sums.
 #pragma once
@@ -24,6 +24,7 @@ struct View {
   int columns;  // those that take part: what lies beyond is never read, and read as -inf
   bool split;   // a lane's 8 columns are twice 4, so that a warp's loads of float are dense
 
+  View() = default;
   __device__ View(const Rows& rows, int64_t row, int64_t columns, bool split)
       : data(static_cast<char*>(rows.data) + rows.offset(row) * rows.element_bytes()),
         dtype(rows.dtype),

@@ -6,7 +6,9 @@ namespace fastkd::cuda {
 
 // A thread holds kVectors times 8 columns of both rows in registers: 16 kVectors of them.
 constexpr int kVectors = 4;
-constexpr int kMaxWarps = 16;
+constexpr int kThreads = 256;     // of a CTA, mostly
+constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multiprocessor has
+constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxTickets = 128;  // 2^20 classes in slices of 8192
 
@@ -14,8 +16,8 @@ struct Plan {
   const char* error = nullptr;
   bool cluster = false;  // a row's CTAs form a cluster; else they meet in global memory, by tickets
   int parts = 1;         // CTAs of a row
-  int threads = 256;     // of a CTA
-  int slots = 0;         // tickets: rows that have buffers in global memory at one time
+  int threads = kThreads;  // of a CTA
+  int slots = 0;           // tickets: rows that have buffers in global memory at one time
 };
 
 // What a call may use, for tests that want several CTAs, or slices beyond the registers, at a few
@@ -23,7 +25,7 @@ struct Plan {
 struct Limits {
   int cluster = kMaxCluster;  // CTAs; 0: no clusters
   int tickets = kMaxTickets;  // CTAs of a row without a cluster; 0: always clusters
-  int threads = 256;
+  int threads = kMaxThreads;
   int steps = 1 << 10;  // of a slice: 256 columns each
 };
 void set_limits(const Limits& limits);

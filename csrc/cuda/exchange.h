@@ -12,9 +12,9 @@
 //   bin()      of the histogram that CTA i published, between two barriers; set_bin() changes one
 //   end()      by all threads, after all else
 //
-// The buffers of an exchange are used again two exchanges later. A CTA sends into them only after it
-// has everyone's part of the exchange between, which each sends only after it has read this one's:
-// so nobody is still reading.
+// The buffers of an exchange are used again two exchanges later. A CTA sends into them only after
+// it has everyone's part of the exchange between, which each sends only after it has read this
+// one's: so nobody is still reading.
 #pragma once
 #include "configuration.h"
 #include "sums.h"
@@ -67,8 +67,7 @@ class Cluster {
     for (int i = lane(); i < size_ * kSumsVectors; i += kLanes) {
       const int to = i / kSumsVectors, word = i % kSumsVectors;
       store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank_]) + word,
-                  vector_of(sums, word), &shared_.barrier[buffer],
-                  static_cast<unsigned>(to));
+                  vector_of(sums, word), &shared_.barrier[buffer], static_cast<unsigned>(to));
     }
   }
   // A CTA that has everyone's last part has nothing more to come, and nobody reads its memory: it
@@ -124,16 +123,17 @@ class Tickets {
  public:
   struct Shared {
     Sums inbox[kMaxTickets];
-    unsigned ticket;
+    int row, rank;
   };
 
   __device__ Tickets(Shared& shared, const KdRows& call, const Plan& plan, unsigned* workspace)
       : shared_(shared), call_(call), plan_(plan), workspace_(workspace) {
-    if (threadIdx.x == 0) shared_.ticket = atomicAdd(workspace, 1u);
+    if (threadIdx.x == 0) {
+      const unsigned ticket = atomicAdd(workspace, 1u), size = static_cast<unsigned>(plan.parts);
+      shared_.row = static_cast<int>(ticket / size);
+      shared_.rank = static_cast<int>(ticket % size);
+    }
     __syncthreads();
-    const unsigned size = static_cast<unsigned>(plan.parts);
-    row_ = static_cast<int>(shared_.ticket / size);
-    rank_ = static_cast<int>(shared_.ticket - static_cast<unsigned>(row_) * size);
   }
 
   __device__ void ready() {}
@@ -149,7 +149,7 @@ class Tickets {
   __device__ void send(const Sums& mine) {
     if (lane() == 0) wait_for_slot();
     __syncwarp();
-    if (lane() < kSumsVectors) store_shared_by_all(sums(rank_) + lane(), vector_of(mine, lane()));
+    if (lane() < kSumsVectors) store_shared_by_all(sums(rank()) + lane(), vector_of(mine, lane()));
     __syncwarp();
     if (lane() == 0) arrive();
   }
@@ -167,14 +167,14 @@ class Tickets {
     if (threadIdx.x == 0) wait_for_slot();
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += static_cast<int>(blockDim.x)) {
-      store_shared_by_all(bins(rank_) + i, mine[i]);
+      store_shared_by_all(bins(rank()) + i, mine[i]);
     }
   }
   __device__ unsigned bin(const unsigned*, int i, int bin) const {
     return load_shared_by_all(bins(i) + bin);
   }
   __device__ void set_bin(unsigned*, int bin, unsigned value) {
-    store_shared_by_all(bins(rank_) + bin, value);
+    store_shared_by_all(bins(rank()) + bin, value);
   }
 
   // This CTA no longer touches the row's buffers, and nor does any row that had them before: a row
@@ -183,12 +183,12 @@ class Tickets {
     __syncthreads();
     if (threadIdx.x != 0) return;
     wait_for_slot();
-    add_release(finished(row_));
+    add_release(finished(row()));
   }
   __device__ void advance() { ++count_; }
-  __device__ int rank() const { return rank_; }
+  __device__ int rank() const { return shared_.rank; }
   __device__ int size() const { return plan_.parts; }
-  __device__ int row() const { return row_; }
+  __device__ int row() const { return shared_.row; }
 
  private:
   // Nothing of this is kept: the registers are needed for the row.
@@ -200,7 +200,7 @@ class Tickets {
   __device__ char* slot() const {
     const TicketSpace s = space();
     return reinterpret_cast<char*>(workspace_) + s.counter_bytes() +
-           row_ % plan_.slots * s.slot_bytes();
+           row() % plan_.slots * s.slot_bytes();
   }
   __device__ uint4* sums(int i) const {
     return reinterpret_cast<uint4*>(slot()) + ((count_ & 1) * size() + i) * kSumsVectors;
@@ -208,21 +208,21 @@ class Tickets {
   __device__ unsigned* bins(int i) const {
     return reinterpret_cast<unsigned*>(slot() + 2 * size() * sizeof(Sums)) + i * kBins;
   }
-  __device__ void arrive() { add_release(arrived(row_)); }
+  __device__ void arrive() { add_release(arrived(row())); }
   __device__ void await() const {
     const unsigned all = static_cast<unsigned>(size() * (count_ + 1));
-    while (load_acquire(arrived(row_)) < all) spin();
+    while (load_acquire(arrived(row())) < all) spin();
   }
   __device__ void wait_for_slot() {
-    if (row_ < plan_.slots) return;
-    while (load_acquire(finished(row_ - plan_.slots)) < static_cast<unsigned>(size())) spin();
+    if (row() < plan_.slots) return;
+    while (load_acquire(finished(row() - plan_.slots)) < static_cast<unsigned>(size())) spin();
   }
 
   Shared& shared_;
   const KdRows& call_;
   const Plan& plan_;
   unsigned* const workspace_;
-  int row_, rank_, count_ = 0;
+  int count_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -17,8 +17,6 @@ struct Shared {
   RowShared row;
 };
 
-constexpr int kMaxThreads = 256;
-
 // Apart from the kernel's body: its code and its registers would be in the way of the usual row.
 template <class Exchange, Mode kMode>
 __device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, RowShared& shared) {
@@ -27,7 +25,7 @@ __device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, Ro
 }
 
 template <class Exchange, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads)
     kd_rows_kernel(const __grid_constant__ KdRows call, const __grid_constant__ Plan plan,
                    unsigned* workspace) {
 #if !defined(__CUDACC__) || defined(FASTKD_CLUSTERS)
@@ -38,18 +36,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   if constexpr (kExists) {
     auto& shared = shared_memory<Shared<Exchange>>();
     Exchange exchange(shared.exchange, call, plan, workspace);
+    if (threadIdx.x == 0) {
+      shared.row.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
+    }
+    __syncthreads();
     Row<Exchange> row(call, exchange, shared.row);
     if (row.is_skipped()) {
       exchange.ready();
       row.write_terms(0, 0);
       row.fill_gradient(0);
-    } else if (row.label < 0) {
+    } else if (row.a.label < 0) {
       exchange.ready();
       row.write_terms(kNaN, kNaN);
       row.fill_gradient(kNaN);
     } else {
       bool done = false;
-      if (row.longest <= warps() * kVectors) {
+      if (row.a.longest <= warps() * kVectors) {
         done = Registers<Exchange, kMode>(row).run();
       } else {
         exchange.ready();
@@ -113,7 +115,7 @@ Device ask(int device) {
     call.beta = beta;
     const auto tickets = kernel_of<Tickets>(call);
     if (error == cudaSuccess) {
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&places, tickets, kMaxThreads,
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&places, tickets, kThreads,
                                                             sizeof(Shared<Tickets>));
     }
     answer.places = std::min(answer.places, places * processors);
@@ -145,7 +147,8 @@ Device ask_once() {
   if (const char* error = text(cudaGetDevice(&device))) return {error};
   const std::lock_guard<std::mutex> lock(mutex);
   if (device >= kDevices) return ask(device);
-  if (!known[device]) devices[device] = ask(device), known[device] = devices[device].error == nullptr;
+  if (!known[device])
+    devices[device] = ask(device), known[device] = devices[device].error == nullptr;
   return devices[device];
 }
 
@@ -165,27 +168,36 @@ TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
 
 void set_limits(const Limits& wanted) { limits = wanted; }
 
-// Registers hold 32 columns a thread of both rows, so 8192 a CTA. A row gets as few CTAs as hold it
-// so: in a cluster where one is large enough, else by tickets, and where even the GPU has too few
-// places for those, with slices that are read again.
+// Registers hold 32 columns a thread of both rows: 8192 for a CTA of 256 threads, of which two run
+// on a multiprocessor and hide each other's waits. A row gets as few such CTAs as hold it, in a
+// cluster where one is large enough, else in a cluster of CTAs twice as large, else by tickets.
+// Where even the GPU has too few places for those, slices are read again.
 Plan plan(const KdRows& call) {
   const Device device = ask_once();
   Plan plan;
   plan.error = device.error;
-  plan.threads = std::min(limits.threads, kMaxThreads);
   const int64_t steps = (call.vocab_size + kStep - 1) / kStep;
-  const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * kVectors);
-  int64_t parts = (steps + capacity - 1) / capacity;
+  int64_t parts = 0;
+  const auto use = [&](int threads) {
+    plan.threads = std::min(limits.threads, threads);
+    const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * kVectors);
+    parts = (steps + capacity - 1) / capacity;
+  };
   const int cluster = std::min(device.cluster, limits.cluster);
+  use(kThreads);
+  if (parts > cluster && cluster > 0) use(kMaxThreads);
   plan.cluster = parts <= cluster || limits.tickets == 0;
-  parts = std::min<int64_t>(parts, plan.cluster ? cluster : std::min(device.places, limits.tickets));
+  if (plan.cluster) {
+    parts = std::min<int64_t>(parts, cluster);
+  } else {
+    use(kThreads);
+    parts = std::min<int64_t>({parts, device.places, limits.tickets});
+    plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
+  }
   plan.parts = static_cast<int>(parts);
   // No more warps than a short slice has steps; a power of two, which select.h counts on.
   while (plan.threads / 2 >= kLanes && plan.threads / 2 / kLanes * parts >= steps) {
     plan.threads /= 2;
-  }
-  if (!plan.cluster) {
-    plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
   }
   return plan;
 }

@@ -139,10 +139,10 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 // Arrives, and has this phase wait for `bytes` of asynchronous stores.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Until the phase of this parity is complete; what was stored is visible then.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity) {

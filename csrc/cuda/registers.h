@@ -8,25 +8,22 @@ namespace fastkd::cuda {
 template <class Exchange, Mode kMode>
 class Registers {
  public:
-  __device__ explicit Registers(Row<Exchange>& row) : row_(row) {
-    const int steps = row.end - row.begin - warp();
-    count_ = steps > 0 ? (steps + warps() - 1) / warps() : 0;
-  }
+  __device__ explicit Registers(Row<Exchange>& row) : row_(row) {}
 
   // False where the row has to be read again: infinities, or sums that cancel.
   __device__ bool run() {
     load();
-    if (row_.own_hard) sum_hard();
-    if (row_.pruned) prune();
-    if (row_.has_soft) sum_soft();
+    if (row_.a.own_hard) sum_hard();
+    if (row_.a.pruned) prune();
+    if (row_.a.has_soft) sum_soft();
     sums_.label = row_.label_logit();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
-      if (kMode != Mode::kMixture && row_.has_soft) row_.shared.divergence = divergence(sums);
+      if (kMode != Mode::kMixture && row_.a.has_soft) row_.shared.divergence = divergence(sums);
     });
     const float label = total.label;
     const Sums sums = total;
     Divergence soft{0, 0, true};
-    if (row_.has_soft) {
+    if (row_.a.has_soft) {
       if constexpr (kMode == Mode::kMixture) {
         soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf;
       } else {
@@ -35,16 +32,16 @@ class Registers {
       if (!soft.exact) return false;
     }
     float hard = 0;
-    if (row_.shares) {
+    if (row_.a.shares) {
       hard = row_.hard_term(kReverse ? sums.lead : sums.other,
                             kReverse ? sums.lead_frame : sums.other_frame, student_scale(), label);
-    } else if (row_.has_hard) {
+    } else if (row_.a.has_hard) {
       hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label);
     }
     const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
     const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
     float from_student = 0;
-    if (kMode == Mode::kMixture && row_.has_soft) {
+    if (kMode == Mode::kMixture && row_.a.has_soft) {
       const Sums mixed = mix(lead, other);
       from_student = mixed.other;
       const float beta = static_cast<float>(row_.call.beta);
@@ -56,7 +53,7 @@ class Registers {
       row_.fill_gradient(kNaN);
     } else {
       find_factors(sums, soft, lead, other, from_student);
-      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.hard_weight);
+      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.a.hard_weight);
       row_.fill_beyond();
     }
     return true;
@@ -65,15 +62,20 @@ class Registers {
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
 
-  __device__ int step(int i) const { return row_.begin + warp() + i * warps(); }
-  __device__ float student_scale() const { return row_.student_inverse * kLog2E; }
-  __device__ float teacher_scale() const { return row_.teacher_inverse * kLog2E; }
+  __device__ int step(int i) const { return row_.a.begin + warp() + i * warps(); }
+  __device__ int last() const {  // the last step of this warp, or one beyond the slice
+    int step = row_.a.begin + warp();
+    while (step + warps() < row_.a.end) step += warps();
+    return step;
+  }
+  __device__ float student_scale() const { return row_.a.student_inverse * kLog2E; }
+  __device__ float teacher_scale() const { return row_.a.teacher_inverse * kLog2E; }
 
   template <class Fn>
   __device__ __forceinline__ void each(const Fn& fn) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (i < count_) fn(i);
+      if (step(i) < row_.a.end) fn(i);
     }
   }
 
@@ -83,7 +85,7 @@ class Registers {
   __device__ __forceinline__ void each_in_turn(const Fn& fn, const Rotate& rotate) {
 #pragma unroll 1
     for (int i = 0; i < kVectors; ++i) {
-      if (i < count_) fn(i);
+      if (step(i) < row_.a.end) fn(i);
       rotate();
     }
   }
@@ -106,15 +108,15 @@ class Registers {
   // All loads are under way before the first is waited for.
   __device__ __forceinline__ void load() {
     Packed student[kVectors], teacher[kVectors];
-    const int last = step(count_ - 1);
-    if (is_whole(row_.student, last) && (!row_.has_soft || is_whole(row_.teacher, last))) {
-      each([&](int i) { student[i] = load_whole(row_.student, step(i)); });
-      if (row_.has_soft) each([&](int i) { teacher[i] = load_whole(row_.teacher, step(i)); });
+    const int last = this->last();
+    if (is_whole(row_.a.student, last) && (!row_.a.has_soft || is_whole(row_.a.teacher, last))) {
+      each([&](int i) { student[i] = load_whole(row_.a.student, step(i)); });
+      if (row_.a.has_soft) each([&](int i) { teacher[i] = load_whole(row_.a.teacher, step(i)); });
     } else {
       each_in_turn(
           [&](int i) {
-            student[0] = load_packed(row_.student, step(i));
-            if (row_.has_soft) teacher[0] = load_packed(row_.teacher, step(i));
+            student[0] = load_packed(row_.a.student, step(i));
+            if (row_.a.has_soft) teacher[0] = load_packed(row_.a.teacher, step(i));
           },
           [&] {
             rotate(student);
@@ -122,13 +124,15 @@ class Registers {
           });
     }
     row_.exchange.ready();
-    unpack_all(row_.student.dtype, student, student_);
-    if (row_.has_soft) unpack_all(row_.teacher.dtype, teacher, teacher_);
+    unpack_all(row_.a.student.dtype, student, student_);
+    if (row_.a.has_soft) unpack_all(row_.a.teacher.dtype, teacher, teacher_);
   }
 
   __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
                                              float (&values)[kVectors][kPerLane]) {
-    const auto all = [&](DType dtype) { each([&](int i) { unpack(dtype, packed[i], values[i]); }); };
+    const auto all = [&](DType dtype) {
+      each([&](int i) { unpack(dtype, packed[i], values[i]); });
+    };
     dtype == DType::kFloat      ? all(DType::kFloat)
     : dtype == DType::kBFloat16 ? all(DType::kBFloat16)
                                 : all(DType::kHalf);
@@ -158,7 +162,7 @@ class Registers {
 
   // Classes below the threshold no longer exist on either side.
   __device__ __forceinline__ void prune() {
-    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher.dtype,
+    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.a.teacher.dtype,
                                         row_.call.keep, [&](const auto& fn) {
                                           each([&](int i) {
 #pragma unroll
@@ -262,20 +266,20 @@ class Registers {
     return row_.total(sums, [](Sums&) {});
   }
 
-  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q - p;
-  // reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight, and
-  // the hard weight times q besides.
+  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q -
+  // p; reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight,
+  // and the hard weight times q besides.
   __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
                                                float other, float from_student) {
-    const float weight = row_.soft_weight * row_.student_inverse;
-    const float hard = row_.shares ? row_.hard_weight : 0.0f;
-    const bool off = row_.soft_weight == 0;
+    const float weight = row_.a.soft_weight * row_.a.student_inverse;
+    const float hard = row_.a.shares ? row_.a.hard_weight : 0.0f;
+    const bool off = row_.a.soft_weight == 0;
     if constexpr (kMode == Mode::kForward) {
       a_ = other * ((off ? 0 : weight) + hard);
       b_ = off ? 0 : lead * weight;
     } else if constexpr (kMode == Mode::kReverse) {
-      const float shift = (used(sums_.lead_frame) - sums.lead_frame) -
-                          (used(sums_.other_frame) - sums.other_frame);
+      const float shift =
+          (used(sums_.lead_frame) - sums.lead_frame) - (used(sums_.other_frame) - sums.other_frame);
       const float scaled = off ? 0 : weight * lead;
       a_ = scaled * (fmaf(shift, kLn2, soft.log_ratio) - soft.value) + hard * lead;
       b_ = scaled * kLn2;
@@ -301,13 +305,13 @@ class Registers {
   }
 
   __device__ __forceinline__ void write_gradient(float hard) {
-    const bool own_hard = row_.own_hard && row_.hard_weight != 0;
-    if (row_.has_soft && !own_hard && is_whole(row_.dstudent, step(count_ - 1))) {
+    const bool own_hard = row_.a.own_hard && row_.a.hard_weight != 0;
+    if (row_.a.has_soft && !own_hard && is_whole(row_.a.dstudent, last())) {
       each([&](int i) {
         float gradient[kPerLane];
         find_gradient(student_[i], teacher_[i], gradient);
         row_.add_label(step(i), gradient);
-        store_whole(row_.dstudent, step(i), pack(row_.dstudent.dtype, gradient));
+        store_whole(row_.a.dstudent, step(i), pack(row_.a.dstudent.dtype, gradient));
       });
       return;
     }
@@ -315,11 +319,11 @@ class Registers {
     each_in_turn(
         [&](int i) {
           float gradient[kPerLane] = {};
-          if (row_.has_soft) find_gradient(student_[0], teacher_[0], gradient);
+          if (row_.a.has_soft) find_gradient(student_[0], teacher_[0], gradient);
           if (own_hard) {
             // Their logits are in L2 since a moment ago; no other thread has written over them.
             float logits[kPerLane];
-            unpack(row_.student.dtype, load_packed(row_.student, step(i)), logits);
+            unpack(row_.a.student.dtype, load_packed(row_.a.student, step(i)), logits);
 #pragma unroll
             for (int j = 0; j < kPerLane; ++j) {
               const float e = exp2_approx(fmaf(logits[j], kLog2E, -frame));
@@ -327,7 +331,7 @@ class Registers {
             }
           }
           row_.add_label(step(i), gradient);
-          store_packed(row_.dstudent, step(i), pack(row_.dstudent.dtype, gradient));
+          store_packed(row_.a.dstudent, step(i), pack(row_.a.dstudent.dtype, gradient));
         },
         [&] {
           rotate(student_);
@@ -338,7 +342,6 @@ class Registers {
   static constexpr float kHuge = 3e38f;
 
   Row<Exchange>& row_;
-  int count_;  // steps of this warp
   float student_[kVectors][kPerLane], teacher_[kVectors][kPerLane];
   Sums sums_;  // of this warp
   float poison_ = 0;

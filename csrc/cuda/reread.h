@@ -10,13 +10,13 @@ class Reread {
  public:
   __device__ explicit Reread(Row<Exchange>& row)
       : row_(row),
-        student_inverse_(row.student_inverse),
-        teacher_inverse_(row.teacher_inverse),
+        student_inverse_(row.a.student_inverse),
+        teacher_inverse_(row.a.teacher_inverse),
         beta_(static_cast<float>(row.call.beta)) {}
 
   __device__ void run() {
-    if (row_.pruned) {
-      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.teacher.dtype,
+    if (row_.a.pruned) {
+      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.a.teacher.dtype,
                                row_.call.keep, [&](const auto& fn) {
                                  each_step([&](int, const float*, const float* teacher) {
                                    for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);
@@ -26,7 +26,7 @@ class Reread {
     find_maxima();
     Divergence soft{0, 0, true};
     Sums sums = sum(soft);
-    if (row_.has_soft && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
+    if (row_.a.has_soft && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
         sums.other > 0 && soft.log_ratio < kInf && soft.log_ratio > -kInf) {
       // Once more, with the two sides alike: nothing of what is summed then cancels.
       other_frame() += soft.log_ratio;
@@ -38,7 +38,7 @@ class Reread {
     per_q_ = 1 / student_sum;
     per_p_ = 1 / teacher_sum;
     float value = soft.value, from_student = 0;
-    if (!row_.has_soft) {
+    if (!row_.a.has_soft) {
       value = 0;
     } else if (!mass) {
       value = kNaN;
@@ -50,10 +50,10 @@ class Reread {
       value = kInf;
     }
     float hard = 0;
-    if (row_.has_hard) {
+    if (row_.a.has_hard) {
       // The frame of the shared exponentials is in natural units, and T is 1.
-      const float sum = row_.shares ? student_sum : sums.hard;
-      const float frame = row_.shares ? student_frame_ : hard_frame_;
+      const float sum = row_.a.shares ? student_sum : sums.hard;
+      const float frame = row_.a.shares ? student_frame_ : hard_frame_;
       hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
     }
     row_.write_terms(value, hard);
@@ -61,7 +61,7 @@ class Reread {
     if (row_.template is_lost<kMode>(value, hard)) {
       row_.fill_gradient(kNaN);
     } else {
-      write_gradient(soft, from_student, row_.hard_weight / sums.hard);
+      write_gradient(soft, from_student, row_.a.hard_weight / sums.hard);
       row_.fill_beyond();
     }
   }
@@ -73,18 +73,18 @@ class Reread {
 
   template <class Fn>
   __device__ void each_step(const Fn& fn) {
-    for (int step = row_.begin + warp(); step < row_.end; step += warps()) {
+    for (int step = row_.a.begin + warp(); step < row_.a.end; step += warps()) {
       float student[kPerLane], teacher[kPerLane];
-      const Packed packed_student = load_packed(row_.student, step);
-      if (row_.has_soft) unpack(row_.teacher.dtype, load_packed(row_.teacher, step), teacher);
-      unpack(row_.student.dtype, packed_student, student);
+      const Packed packed_student = load_packed(row_.a.student, step);
+      if (row_.a.has_soft) unpack(row_.a.teacher.dtype, load_packed(row_.a.teacher, step), teacher);
+      unpack(row_.a.student.dtype, packed_student, student);
       fn(step, student, teacher);
     }
   }
 
   // Pruned classes are at -inf on both sides.
   __device__ void prune(float* student, float* teacher) const {
-    if (!row_.pruned) return;
+    if (!row_.a.pruned) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if (teacher[j] >= threshold_) continue;
@@ -95,7 +95,7 @@ class Reread {
   template <class Fn>
   __device__ void each_pruned(const Fn& fn) {
     each_step([&](int step, float* student, float* teacher) {
-      if (row_.has_soft) prune(student, teacher);
+      if (row_.a.has_soft) prune(student, teacher);
       fn(step, student, teacher);
     });
   }
@@ -108,9 +108,9 @@ class Reread {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         hard_max = fmaxf(hard_max, student[j]);
-        nan |= student[j] != student[j] || (row_.has_soft && teacher[j] != teacher[j]);
+        nan |= student[j] != student[j] || (row_.a.has_soft && teacher[j] != teacher[j]);
       }
-      if (!row_.has_soft) return;
+      if (!row_.a.has_soft) return;
       prune(student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -152,8 +152,8 @@ class Reread {
     // From the difference of the logits, which is exact where they nearly agree, unless that of
     // the frames would cost more.
     const bool direct = lead_inverse == other_inverse && fabsf(lead_frame - other_frame) < 8;
-    const float difference = direct ? fmaf(l - o, lead_inverse, other_frame - lead_frame)
-                                    : y_lead - y_other;
+    const float difference =
+        direct ? fmaf(l - o, lead_inverse, other_frame - lead_frame) : y_lead - y_other;
     Pair p;
     p.x = fminf(fmaxf(difference, -kLargest), kLargest);  // NaN, of -inf on both sides, too
     p.lead = exponential(y_lead);
@@ -171,13 +171,13 @@ class Reread {
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
     each_step([&](int, float* student, float* teacher) {
-      if (row_.own_hard) {
+      if (row_.a.own_hard) {
         float hard = 0;
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) hard += exponential(student[j] - hard_frame_);
         sums.hard += hard;
       }
-      if (!row_.has_soft) return;
+      if (!row_.a.has_soft) return;
       prune(student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
 #pragma unroll
@@ -205,8 +205,8 @@ class Reread {
     sums.forbidden = warp_sum(sums.forbidden);
     sums.hard = warp_sum(sums.hard);
     sums.label = row_.label_logit();
-    const Sums total = row_.total(
-        sums, [&](Sums& sums) { row_.shared.divergence = divergence(sums); });
+    const Sums total =
+        row_.total(sums, [&](Sums& sums) { row_.shared.divergence = divergence(sums); });
     soft = row_.shared.divergence;
     __syncthreads();
     return total;
@@ -216,8 +216,10 @@ class Reread {
     float q, log_q, from_teacher, from_student;  // log_q: ln(q / m)
   };
   __device__ Mixed mixed(float student, float teacher) const {
-    const float q = __fmul_rn(per_q_, exponential(fmaf(student, student_inverse_, -student_frame_)));
-    const float p = __fmul_rn(per_p_, exponential(fmaf(teacher, teacher_inverse_, -teacher_frame_)));
+    const float q =
+        __fmul_rn(per_q_, exponential(fmaf(student, student_inverse_, -student_frame_)));
+    const float p =
+        __fmul_rn(per_p_, exponential(fmaf(teacher, teacher_inverse_, -teacher_frame_)));
     const float m = beta_ * p + (1 - beta_) * q;
     const float y = __fdividef(q - p, fmaxf(m, 0x1p-126f));
     const LogTerms from_q = log_terms(beta_ * y);
@@ -244,17 +246,17 @@ class Reread {
   }
 
   __device__ void write_gradient(const Divergence& soft, float from_student, float hard) {
-    const float weight = row_.soft_weight * student_inverse_;
-    const float shared_hard = row_.shares ? row_.hard_weight : 0.0f;
+    const float weight = row_.a.soft_weight * student_inverse_;
+    const float shared_hard = row_.a.shares ? row_.a.hard_weight : 0.0f;
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
-      if (row_.own_hard && row_.hard_weight != 0) {
+      if (row_.a.own_hard && row_.a.hard_weight != 0) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           gradient[j] = exponential(student[j] - hard_frame_) * hard;
         }
       }
-      if (row_.soft_weight != 0 || shared_hard != 0) {
+      if (row_.a.soft_weight != 0 || shared_hard != 0) {
         prune(student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
@@ -270,12 +272,12 @@ class Reread {
             const float p = student[j] > -kInf ? __fmul_rn(e.lead, per_p_) : 0.0f;
             of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : q - p;
           }
-          if (row_.soft_weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
+          if (row_.a.soft_weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
           if (shared_hard != 0) gradient[j] = fmaf(q, shared_hard, gradient[j]);
         }
       }
       row_.add_label(step, gradient);
-      store_packed(row_.dstudent, step, pack(row_.dstudent.dtype, gradient));
+      store_packed(row_.a.dstudent, step, pack(row_.a.dstudent.dtype, gradient));
     });
   }
 
@@ -283,7 +285,8 @@ class Reread {
 
   Row<Exchange>& row_;
   const float student_inverse_, teacher_inverse_, beta_;
-  float student_frame_ = 0, teacher_frame_ = 0, hard_frame_ = 0;  // in units of the logits times 1/T
+  float student_frame_ = 0, teacher_frame_ = 0,
+        hard_frame_ = 0;  // in units of the logits times 1/T
   float threshold_ = -kInf;
   float poison_ = 0;  // NaN where a logit is
   float per_p_ = 0, per_q_ = 0;

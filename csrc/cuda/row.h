@@ -5,7 +5,59 @@
 
 namespace fastkd::cuda {
 
+// A row's arguments, found by one thread and kept in shared memory: every register is needed for
+// the logits.
+struct RowArguments {
+  View student, teacher, dstudent;
+  float soft_weight, hard_weight, student_inverse, teacher_inverse;
+  int vocab;
+  int begin, end;  // the slice of this CTA, in steps
+  int longest;     // slice of the row
+  int label;       // -1: no class
+  bool has_soft, has_hard;
+  bool pruned;
+  bool shares;    // the hard term uses the soft term's exponentials
+  bool own_hard;  // the hard term has exponentials of its own
+};
+
+// Where part `rank` of `size` begins.
+__device__ __forceinline__ int share(int all, int rank, int size) {
+  const int each = all / size, over = all - each * size;
+  return each * rank + min(rank, over);
+}
+
+__device__ inline RowArguments row_arguments(const KdRows& call, int row, int rank, int size) {
+  const auto vector = [&](const void* values) {
+    return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
+  };
+  const bool split = call.student.dtype == DType::kFloat && call.teacher.dtype == DType::kFloat;
+  const int vocab = static_cast<int>(call.vocab_size);
+  RowArguments a;
+  a.student = View(call.student, row, vocab, split);
+  a.teacher = View(call.teacher, row, vocab, split);
+  a.dstudent = View(call.dstudent, row, vocab, split);
+  a.soft_weight = vector(call.soft_weight);
+  a.hard_weight = vector(call.hard_weight);
+  a.student_inverse = vector(call.student_inv_temperature);
+  a.teacher_inverse = vector(call.teacher_inv_temperature);
+  a.vocab = vocab;
+  const int steps = (vocab + kStep - 1) / kStep;
+  a.begin = share(steps, rank, size);
+  a.end = share(steps, rank + 1, size);
+  a.longest = (steps + size - 1) / size;
+  const int64_t label = call.labels != nullptr ? call.labels[row] : 0;
+  a.label = label >= 0 && label < vocab ? static_cast<int>(label) : -1;
+  a.has_soft = call.soft_weight != nullptr;
+  a.has_hard = call.hard_weight != nullptr;
+  a.pruned = a.has_soft && call.keep < call.vocab_size;
+  // The hard term's exponentials are the student's own at T = 1 over all classes.
+  a.shares = a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1;
+  a.own_hard = a.has_hard && !a.shares;
+  return a;
+}
+
 struct RowShared {
+  RowArguments arguments;
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
@@ -18,69 +70,46 @@ template <class Exchange>
 class Row {
  public:
   __device__ Row(const KdRows& call, Exchange& exchange, RowShared& shared)
-      : call(call),
-        exchange(exchange),
-        shared(shared),
-        row(exchange.row()),
-        vocab(static_cast<int>(call.vocab_size)),
-        student(call.student, row, vocab, is_split(call)),
-        teacher(call.teacher, row, vocab, is_split(call)),
-        dstudent(call.dstudent, row, vocab, is_split(call)),
-        soft_weight(vector(call.soft_weight)),
-        hard_weight(vector(call.hard_weight)),
-        student_inverse(vector(call.student_inv_temperature)),
-        teacher_inverse(vector(call.teacher_inv_temperature)) {
-    const int steps = (vocab + kStep - 1) / kStep;
-    longest = (steps + exchange.size() - 1) / exchange.size();
-    begin = share(steps, exchange.rank());
-    end = share(steps, exchange.rank() + 1);
-    has_soft = call.soft_weight != nullptr;
-    has_hard = call.hard_weight != nullptr;
-    pruned = has_soft && call.keep < call.vocab_size;
-    // The hard term's exponentials are the student's own at T = 1 over all classes.
-    shares = has_hard && has_soft && !pruned && student_inverse == 1;
-    own_hard = has_hard && !shares;
-    const int64_t of_row = call.labels != nullptr ? call.labels[row] : 0;
-    label = of_row >= 0 && of_row < vocab ? static_cast<int>(of_row) : -1;
-  }
+      : call(call), exchange(exchange), shared(shared), a(shared.arguments) {}
 
-  __device__ bool is_skipped() const { return soft_weight == 0 && hard_weight == 0; }
+  __device__ bool is_skipped() const { return a.soft_weight == 0 && a.hard_weight == 0; }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
   __device__ void write_terms(float soft, float hard) const {
     if (exchange.rank() != 0 || threadIdx.x != 0) return;
-    static_cast<float*>(call.soft)[row] = has_soft ? soft : 0.0f;
-    static_cast<float*>(call.hard)[row] = has_hard ? hard : 0.0f;
+    static_cast<float*>(call.soft)[exchange.row()] = a.has_soft ? soft : 0.0f;
+    static_cast<float*>(call.hard)[exchange.row()] = a.has_hard ? hard : 0.0f;
   }
 
   // The same gradient in every class of the slice; 0 beyond them all.
   __device__ void fill_gradient(float value) const {
     if (!wants_gradient()) return;
-    fill(dstudent, begin * kStep, min(end * kStep, vocab), value);
+    fill(a.dstudent, a.begin * kStep, min(a.end * kStep, a.vocab), value);
     fill_beyond();
   }
   __device__ void fill_beyond() const {
-    const int width = static_cast<int>(call.dstudent.width) - vocab;
+    const int width = static_cast<int>(call.dstudent.width) - a.vocab;
     if (width == 0) return;
-    fill(dstudent, vocab + share(width, exchange.rank()), vocab + share(width, exchange.rank() + 1),
-         0.0f);
+    const int rank = exchange.rank(), size = exchange.size();
+    fill(a.dstudent, a.vocab + share(width, rank, size), a.vocab + share(width, rank + 1, size), 0);
   }
 
   // Whether nothing but NaN can be said of the gradient.
   template <Mode kMode>
   __device__ bool is_lost(float soft, float hard) const {
     const bool infinite = kMode == Mode::kReverse && soft == kInf;
-    return (soft_weight != 0 && (soft != soft || infinite)) || (hard_weight != 0 && hard != hard);
+    return (a.soft_weight != 0 && (soft != soft || infinite)) ||
+           (a.hard_weight != 0 && hard != hard);
   }
 
-  // The student's logit at the label, for the one thread that adds it to the sums: read by the CTA
-  // that may write over it later.
+  // The student's logit at the label, for the one thread that adds it to the sums: read by the
+  // CTA that may write over it later.
   __device__ float label_logit() const {
-    if (!has_hard || threadIdx.x != 0) return 0;
-    if (label < begin * kStep || label >= end * kStep) return 0;
-    const uint32_t word = load_word(student, label);
+    if (!a.has_hard || threadIdx.x != 0) return 0;
+    if (a.label < a.begin * kStep || a.label >= a.end * kStep) return 0;
+    const uint32_t word = load_word(a.student, a.label);
     float values[kPerLane];
-    unpack(student.dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
+    unpack(a.student.dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
     return values[0];
   }
 
@@ -111,41 +140,18 @@ class Row {
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
   __device__ void add_label(int step, float* gradient) const {
-    if (!has_hard || label / kStep != step) return;
-    const int index = dstudent.index(step, label);
+    if (!a.has_hard || a.label / kStep != step) return;
+    const int index = a.dstudent.index(step, a.label);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (j == index) gradient[j] -= hard_weight;
+      if (j == index) gradient[j] -= a.hard_weight;
     }
   }
 
   const KdRows& call;
   Exchange& exchange;
   RowShared& shared;
-  const int row;
-  const int vocab;
-  const View student, teacher, dstudent;
-  const float soft_weight, hard_weight, student_inverse, teacher_inverse;
-  int begin, end;  // the slice of this CTA, in steps
-  int longest;     // slice of the row
-  int label;     // -1: no class
-  bool has_soft, has_hard;
-  bool pruned;
-  bool shares;    // the hard term uses the soft term's exponentials
-  bool own_hard;  // the hard term has exponentials of its own
-
- private:
-  // Where the part of CTA `rank` begins.
-  __device__ int share(int all, int rank) const {
-    const int each = all / exchange.size(), over = all - each * exchange.size();
-    return each * rank + min(rank, over);
-  }
-  __device__ float vector(const void* values) const {
-    return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
-  }
-  static __device__ bool is_split(const KdRows& call) {
-    return call.student.dtype == DType::kFloat && call.teacher.dtype == DType::kFloat;
-  }
+  const RowArguments& a;
 };
 
 }  // namespace fastkd::cuda

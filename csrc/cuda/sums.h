@@ -22,8 +22,8 @@ struct alignas(16) Sums {
   float excess = 0;                       // sum e_lead phi(x)
   float cross = 0;                        // sum e_lead x
   float lead_moved = 0, other_moved = 0;  // see move()
-  float hard = 0;       // of the student's exponentials at T = 1 over all classes
-  float label = 0;      // the student's logit there, from whoever has it
+  float hard = 0;                         // of the student's exponentials at T = 1 over all classes
+  float label = 0;                        // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
   float unused[3] = {};
 
@@ -125,12 +125,11 @@ __device__ inline Divergence divergence(Sums& sums) {
     const float r = ratio;
     const float bracket =
         fabsf(r) < 0.0625f
-            ? -r * r *
-                  (0.5f - r * (1.0f / 3 - r * (0.25f - r * (0.2f - r * (1.0f / 6 - r / 7)))))
+            ? -r * r * (0.5f - r * (1.0f / 3 - r * (0.25f - r * (0.2f - r * (1.0f / 6 - r / 7)))))
             : d.log_ratio - r;
     d.value = sums.excess / sums.lead + bracket;
-    lost = sums.lead_moved / sums.lead + sums.other_moved / sums.other +
-           smaller_square(d.log_ratio);
+    lost =
+        sums.lead_moved / sums.lead + sums.other_moved / sums.other + smaller_square(d.log_ratio);
   } else {
     d.value = sums.cross / sums.lead + d.log_ratio;
     lost = fabsf(sums.cross / sums.lead) + fabsf(d.log_ratio) + sums.lead_moved / sums.lead;

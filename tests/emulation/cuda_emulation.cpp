@@ -266,7 +266,7 @@ std::string stuck(const std::vector<Cluster*>& running) {
       for (const Fiber& fiber : block->fibers) {
         if (fiber.block != block.get() || fiber.done || fiber.thread >= now->block) continue;
         const char* what = fiber.mbarrier != nullptr     ? "waits for an mbarrier"
-                              : fiber.generation == nullptr ? "spins"
+                           : fiber.generation == nullptr ? "spins"
                                                          : "waits at a barrier";
         std::string where;
         if (fiber.generation == &block->barrier.generation) where = at(block->barrier.site);

@@ -1,7 +1,7 @@
 // The CUDA execution model on a CPU, for kernels that use nothing but csrc/cuda/machine.h and the
-// names below: every thread a fiber, several CTAs at a time, shared memory poisoned at the start and
-// at the end, barriers that notice who does not come, stores that arrive late. Included before all
-// else; machine.h leaves the machine to it.
+// names below: every thread a fiber, several CTAs at a time, shared memory poisoned at the start
+// and at the end, barriers that notice who does not come, stores that arrive late. Included before
+// all else; machine.h leaves the machine to it.
 //
 // What it cannot show: memory that is visible here and not on a GPU, because an order between two
 // CTAs is only relaxed.
@@ -181,7 +181,8 @@ using emulation::spin;
 
 template <class T>
 T& shared_memory() {
-  if (sizeof(T) > emulation::shared_bytes()) emulation::fail("more shared memory than launched with");
+  if (sizeof(T) > emulation::shared_bytes())
+    emulation::fail("more shared memory than launched with");
   return *static_cast<T*>(emulation::shared_memory(emulation::cluster_rank()));
 }
 inline float exp2_approx(float x) {
