@@ -161,9 +161,19 @@ class Part:
         return self.count(rf"{access}\b.*\.128\b")
 
 
-def constant(name: str, file: str) -> int:
-    text = (KERNELS / file).read_text()
-    return int(re.findall(rf"constexpr int {name} = (\d+);", text)[0])
+def constant(name: str, kernel: str = "kd_rows") -> int:
+    """As the source of the kernel has it, or any header."""
+    for path in (KERNELS / f"{kernel}.cu", *sorted(KERNELS.glob("*.h"))):
+        if found := re.findall(rf"constexpr int {name} = (\d+);", path.read_text()):
+            return int(found[0])
+    raise LookupError(f"no constant {name}")
+
+
+def registers_allowed(kernel: str) -> int:
+    """By the threads that a multiprocessor has to hold of it: its __launch_bounds__."""
+    text = (KERNELS / f"{kernel}.cu").read_text()
+    threads, _, blocks = re.findall(r"__launch_bounds__\((\w+)(, (\d+))?\)", text)[0]
+    return min(255, REGISTERS_PER_SM // (constant(threads, kernel) * int(blocks or 1)))
 
 
 EXPONENTIAL = r"MUFU\.EX2"
@@ -172,7 +182,7 @@ LOCAL = r"(LDL|STL)\b"
 
 def core(code: list[Instruction]) -> Figures:
     """The core that keeps a slice in registers: its code is straight, a thread's pairs unrolled."""
-    pairs = constant("kVectors", "configuration.h") * constant("kPerLane", "columns.h")
+    pairs = constant("kVectors") * constant("kPerLane")
     file = "registers.h"
     every = Part(code, file, "run")
     load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
@@ -230,16 +240,14 @@ def figures(binary: Binary) -> dict[str, Figures]:
 
 def problems(name: str, of: Figures) -> Iterator[str]:
     """What a variant does that no budget allows."""
-    threads = constant("kMaxThreads", "kd_rows.cu")
-    blocks = int(re.findall(r"__launch_bounds__\(kMaxThreads, (\d+)\)",
-                            (KERNELS / "kd_rows.cu").read_text())[0])  # fmt: skip
-    limit = REGISTERS_PER_SM // (threads * blocks)
-    if of["registers"] > limit:
-        yield f"{name}: {of['registers']} registers, {blocks} CTAs of {threads} allow {limit}"
+    kernel = name.partition(" ")[0]
+    allowed = registers_allowed(kernel)
+    if of["registers"] > allowed:
+        yield f"{name}: {of['registers']} registers, its launch bounds allow {allowed}"
     for what in ("spill_bytes", "stack_bytes", "local_accesses"):
         if of.get(what, 0):
             yield f"{name}: {what} is {of[what]}, not 0"
-    vectors = constant("kVectors", "configuration.h") if name.startswith("kd_rows") else 1
+    vectors = constant("kVectors") if kernel == "kd_rows" else 1
     at_least = {
         # 16 bytes of a 16-bit dtype and twice 16 of float32; of both rows, where there are two.
         "loads_of_128_bits": (4 if vectors > 1 else 2) * vectors,
