@@ -46,11 +46,16 @@ enum class Keep {
   kReverse,  // a = e_lead, b = e_lead x
 };
 
-// Where the logits of later columns lie, as they are stored: touched early, for the hardware's own
-// prefetch ends with every page, which is every chunk.
+// Where the logits lie that are needed later, as they are stored: touched early, for the hardware's
+// own prefetch ends with every page, which is every chunk.
 struct Ahead {
-  uintptr_t lead = 0, other = 0;            // of the column kAhead after the chunk's first
+  uintptr_t lead = 0, other = 0;            // of the first column that is to be touched
   int64_t lead_bytes = 0, other_bytes = 0;  // per column
+
+  FASTKD_INLINE void touch(int64_t column) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(lead + column * lead_bytes), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(other + column * other_bytes), 0, 2);
+  }
 };
 constexpr int64_t kAhead = 512;  // columns: what is computed in the time of a read from memory
 
@@ -122,8 +127,7 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead.lead + i * ahead.lead_bytes), 0, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead.other + i * ahead.other_bytes), 0, 2);
+    ahead.touch(i);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) column(i + lane, lane);
   }
@@ -256,6 +260,23 @@ FASTKD_LOOP bool has_nan(const T* values, int64_t n) {
   T nans = 0;
 #pragma omp simd reduction(+ : nans)
   for (int64_t i = 0; i < n; ++i) nans += values[i] != values[i] ? T(1) : T(0);
+  return nans != 0;
+}
+
+// NaN anywhere in a row as it is stored, and what lies ahead of it touched.
+template <class Stored>
+FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n, Ahead ahead) {
+  constexpr int64_t kBlock = 64 / sizeof(Stored);  // a cache line
+  int64_t i = 0;
+  int32_t nans = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    ahead.touch(i);
+    int32_t block = 0;
+#pragma omp simd reduction(+ : block)
+    for (int64_t j = 0; j < kBlock; ++j) block += is_nan(values[i + j]);
+    nans |= block;
+  }
+  for (; i < n; ++i) nans |= is_nan(values[i]);
   return nans != 0;
 }
 
