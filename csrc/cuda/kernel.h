@@ -11,7 +11,8 @@ namespace fastkd::cuda {
 // Bytes of scratch memory that kd_rows needs for this call; 0: none.
 size_t workspace_bytes(const KdRows& call);
 
-// Enqueue the work on `stream`, a cudaStream_t of the current device. Return null, or what is wrong.
+// Enqueue the work on `stream`, a cudaStream_t of the current device. Return null, or what is
+// wrong.
 const char* kd_rows(const KdRows& call, void* workspace, void* stream);
 const char* scale_rows(const ScaleRows& call, void* stream);
 
