@@ -1,9 +1,14 @@
 """Builds the compiled modules against libtorch's stable ABI; the rest is in pyproject.toml."""
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # FASTKD_SANITIZE=address,undefined: a build for a test run under these sanitizers, by
@@ -11,34 +16,92 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 sanitize = os.environ.get("FASTKD_SANITIZE")
 sanitizers = [f"-fsanitize={sanitize}", "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitize else []
 
-compile_args = [
+common_args = [
     "-std=c++20",
     "-O3",
     # The stable ABI of libtorch 2.10: one binary for it and for every later release.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-fvisibility=hidden",
-    "-fopenmp-simd",  # honours `#pragma omp simd`; links no OpenMP
-    "-fno-trapping-math",  # lets selections become blends; without it most loops stay scalar
-    "-fno-thread-jumps",  # it followed both cases of a selection through a whole polynomial
-    "-Wall",
-    *sanitizers,
 ]
+compile_args = [*common_args, "-fvisibility=hidden", "-Wall"]
 # Keep libtorch as a dependency: where torch has CUDA, it is what brings libtorch_cuda.
-link_args = [
-    "-Wl,--no-as-needed,-ltorch,--exclude-libs,ALL",
-    *(sanitizers or ["-Wl,--strip-all"]),
-]
+link_args = ["-Wl,--no-as-needed,-ltorch,--exclude-libs,ALL"]
+strip = ["-Wl,--strip-all"]
 
+
+def cpu_module() -> Extension:
+    return CppExtension(
+        "fastkd._C",
+        sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+        extra_compile_args=[
+            *compile_args,
+            "-fopenmp-simd",  # honours `#pragma omp simd`; links no OpenMP
+            "-fno-trapping-math",  # lets selections become blends; else most loops stay scalar
+            "-fno-thread-jumps",  # it followed both cases of a selection through a whole polynomial
+            *sanitizers,
+        ],
+        extra_link_args=[*link_args, *(sanitizers or strip)],
+        py_limited_api=True,
+    )
+
+
+def cuda_home() -> Path | None:
+    """Where the CUDA toolkit is, unless FASTKD_CUDA=0 asks for a build without its kernels."""
+    if os.environ.get("FASTKD_CUDA") == "0" or torch.version.hip is not None:
+        return None
+    nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()  # may be a link into the toolkit
+    for home in (os.environ.get("CUDA_HOME", "/usr/local/cuda"), nvcc.parents[1]):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / LIBRARIES).is_dir():
+            return Path(home)
+    return None
+
+
+LIBRARIES = "lib64"  # in the toolkit
+# One for every generation since Ampere that differs for these kernels; and PTX of the last, for
+# what comes later. An nvcc that does not know the newest builds the others.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# What torch takes out of the headers of CUDA for the sake of its own.
+KEPT = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+
+
+def cuda_module(home: Path) -> Extension:
+    """The CUDA kernels; neither a GPU nor a torch with CUDA is needed."""
+
+    def nvcc(*args: str) -> str:
+        return subprocess.check_output([home / "bin/nvcc", *args], text=True)
+
+    cpp_extension.CUDA_HOME = str(home)  # a torch without CUDA leaves it unset
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        known = nvcc("--list-gpu-code").split()
+        every = [x for x in ARCHITECTURES if f"sm_{x.replace('.', '')}" in known]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = " ".join(every) + "+PTX"
+    targets = [flag.rpartition("code=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+    targets.sort(key=lambda name: (not name.startswith("sm_"), len(name), name))
+    build = [*re.findall(r"release ([\d.]+)", nvcc("--version")), *targets]
+    return CppExtension(  # CUDAExtension would link the CUDA libraries of the torch at hand
+        "fastkd._C_cuda",
+        ["csrc/cuda/ops.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
+        library_dirs=[str(home / LIBRARIES)],
+        # Static: a shared one would have to be that of the torch at hand.
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={
+            # USE_CUDA declares torch's current stream.
+            "cxx": [*compile_args, "-DUSE_CUDA", f'-DFASTKD_CUDA_BUILD="{" ".join(build)}"'],
+            "nvcc": [
+                *common_args,
+                *(f"-U__CUDA_NO_{what}__" for what in KEPT),
+                "-Xcompiler=-fvisibility=hidden,-Wall",
+                "--compress-mode=size",
+                "--threads=0",
+            ],
+        },
+        extra_link_args=[*link_args, *strip],
+        py_limited_api=True,
+    )
+
+
+home = cuda_home()
 setup(
-    ext_modules=[
-        CppExtension(
-            "fastkd._C",
-            sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-            extra_compile_args=compile_args,
-            extra_link_args=link_args,
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[cpu_module(), *([cuda_module(home)] if home else [])],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

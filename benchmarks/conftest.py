@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not records["loss"] and records["overhead"] is None:
         return
     settings = _settings(config)
-    results = {**environment(), "settings": asdict(settings), **records}
+    results = {**environment("pytest benchmarks"), "settings": asdict(settings), **records}
     terminalreporter.section("fastkd")
     terminalreporter.write_line(report(results))
     if config.getoption("--smoke"):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpuinfo import get_cpu_info  # a dependency of pytest-benchmark
 
 import fastkd
 
@@ -19,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 _LOAD_BEFORE = os.getloadavg()[0]
 
 
-def environment() -> dict[str, Any]:
+def environment(command: str) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "pytest benchmarks",
+        "command": command,
         "processor": {
-            "name": get_cpu_info().get("brand_raw") or platform.processor() or platform.machine(),
+            "name": _processor_name(),
             "instruction_set": torch.ops.fastkd.cpu_instruction_set(0),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -36,6 +35,36 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "commit": _commit(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU that a result depends on, its driver and the clocks it may reach."""
+    properties = torch.cuda.get_device_properties(device)
+    queries = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(queries)}", "--format=csv,noheader"]
+        command.append(f"--id=GPU-{properties.uuid}")
+        answers = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError, AttributeError):  # no uuid before torch 2.6
+        answers = ""
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        **dict(zip(queries, map(str.strip, answers.split(",")), strict=False)),
     }
 
 

@@ -1,19 +1,23 @@
 """How it is measured: time in turns, memory as the allocator saw it, the gradient's error."""
 
+from __future__ import annotations
+
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .providers import Loss
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture  # a GPU's machine may lack it
 
 Step = Callable[[Any], object]
 

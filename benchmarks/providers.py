@@ -57,27 +57,35 @@ def bottom_percentile(
     return _pruned(student, teacher, tau, temperature)
 
 
+def hard(
+    student: Tensor, teacher: Tensor, temperature: float, alpha: float, labels: Tensor
+) -> Tensor:
+    soft = plain(student, teacher, temperature)
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
+
+
 EAGER: dict[str, Callable[..., Tensor]] = {
     "plain": plain,
     "top_k": top_k,
     "bottom_percentile": bottom_percentile,
     "jsd": jsd,
+    "hard": hard,
 }
 
 
 def _fastkd(case: Case) -> Loss:
-    return partial(fastkd.kd_loss, **case.kwargs)
+    return partial(fastkd.kd_loss, **case.kwargs, backend=case.backend)
 
 
 def _fastkd_inplace(case: Case) -> Loss:
-    return partial(fastkd.kd_loss, **case.kwargs, inplace=True)
+    return partial(_fastkd(case), inplace=True)
 
 
 def _fastkd_unpruned(case: Case) -> Loss | None:
     """The same logits without pruning: what the selection costs."""
     if case.option not in PRUNING:
         return None
-    return partial(fastkd.kd_loss, temperature=TEMPERATURE)
+    return partial(fastkd.kd_loss, temperature=TEMPERATURE, backend=case.backend)
 
 
 def _eager(case: Case) -> Loss:

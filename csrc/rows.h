@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTKD_HOST_DEVICE __host__ __device__
+#else
+#define FASTKD_HOST_DEVICE
+#endif
+
 namespace fastkd {
 
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
@@ -15,10 +21,10 @@ struct Rows {
   int64_t outer_stride = 0;  // elements from a to a + 1: rows * V exceeds 2^31
   int64_t inner_stride = 0;  // elements from b to b + 1
 
-  int64_t offset(int64_t row) const {
+  FASTKD_HOST_DEVICE int64_t offset(int64_t row) const {
     return row / inner * outer_stride + row % inner * inner_stride;
   }
-  int64_t element_bytes() const {
+  FASTKD_HOST_DEVICE int64_t element_bytes() const {
     return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
   }
   bool is_contiguous() const {
@@ -58,7 +64,7 @@ struct ScaleRows {
   bool scale_is_double = false;  // else float
   int64_t N = 0;
 
-  double scale_of(int64_t row) const {
+  FASTKD_HOST_DEVICE double scale_of(int64_t row) const {
     const int64_t index = per_row ? row : 0;
     return scale_is_double ? static_cast<const double*>(scale)[index]
                            : static_cast<const float*>(scale)[index];

@@ -76,7 +76,16 @@ std::tuple<Tensor, Tensor> kd_rows(
   call.vocab_size = vocab_size;
   call.beta = beta;
   call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
+  const auto device = student.device();
+  const auto check_device = [&](const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.device() == device,
+                    "fastkd: every tensor must be on the device of student");
+  };
+  check_device(teacher);
+  if (dstudent) check_device(*dstudent);
+  if (labels) check_device(*labels);
   const auto check = [&](const Tensor& vector, DType expected) {
+    check_device(vector);
     STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
                     "fastkd: a per-row vector must be contiguous, [N] and of the compute dtype");
   };
@@ -117,6 +126,8 @@ void scale_rows(Tensor dstudent, const Tensor& scale) {
                       (call.scale_is_double || dtype(scale) == DType::kFloat),
                   "fastkd: scale must be contiguous, one value or N, float or double");
   call.scale = scale.data_ptr();
+  STD_TORCH_CHECK(scale.device() == dstudent.device(),
+                  "fastkd: scale must be on dstudent's device");
   launch(call, dstudent);
 }
 

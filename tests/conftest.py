@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from bounds import INF, NAN, Allowance, assert_close
+from emulation import build
 from torch import Tensor
 
 import fastkd
@@ -33,10 +34,13 @@ class Backend:
         return self.label or self.name
 
 
-# A further backend is one line here: Backend("cuda", "cuda", float64=False), say.
+# A further backend is one line here.
 BACKENDS = (
     Backend("reference"),
     Backend("cpu"),
+    Backend("cuda", "cuda", float64=False),
+    # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
+    *(Backend(name, float64=False) for name in build.backends()),
 )
 
 

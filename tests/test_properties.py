@@ -1,7 +1,10 @@
 """hypothesis: shapes, strides, ties, infinities, NaN, subnormals, extreme temperatures."""
 
+import pytest
 import torch
 from conftest import BETAS, INF, NAN, Backend, check, run
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

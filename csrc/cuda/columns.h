@@ -1,0 +1,197 @@
+// The columns of one row, as a warp reads and writes them: 256 at a time, 8 to a lane, in vectors of
+// 16 bytes whatever the alignment of the row and wherever it ends. Which lane has which column
+// depends on nothing but the dtypes, so that neither the alignment nor the neighbours of a row show
+// in the order of its sums.
+#pragma once
+#include "machine.h"
+
+namespace fastkd::cuda {
+
+constexpr int kPerLane = 8;
+constexpr int kStep = kLanes * kPerLane;  // columns a warp handles together
+
+constexpr float kInf = __builtin_huge_valf();
+
+// 8 columns as stored; a 16-bit dtype has all of them in `first`.
+struct Packed {
+  uint4 first, second;
+};
+
+// One row of a tensor.
+struct View {
+  char* data;
+  DType dtype;
+  int columns;  // those that take part: what lies beyond is never read, and read as -inf
+  bool split;   // a lane's 8 columns are twice 4, so that a warp's loads of float are dense
+
+  __device__ View(const Rows& rows, int64_t row, int64_t columns, bool split)
+      : data(static_cast<char*>(rows.data) + rows.offset(row) * rows.element_bytes()),
+        dtype(rows.dtype),
+        columns(static_cast<int>(columns)),
+        split(split) {}
+
+  __device__ bool is_float() const { return dtype == DType::kFloat; }
+
+  // The lane's first 4 and last 4 columns.
+  __device__ int first(int step) const { return step * kStep + lane() * (split ? 4 : kPerLane); }
+  __device__ int second(int step) const { return first(step) + (split ? kStep / 2 : 4); }
+  // Where a column of the lane's step is among its 8, or a number outside.
+  __device__ int index(int step, int column) const {
+    const int i = column - first(step), j = column - second(step);
+    return j >= 0 && j < 4 ? 4 + j : i >= 0 && i < 4 ? i : -1;
+  }
+};
+
+// -inf in every half, or as a float.
+__device__ __forceinline__ uint32_t minus_infinity(DType dtype) {
+  return dtype == DType::kFloat      ? 0xff800000u
+         : dtype == DType::kBFloat16 ? 0xff80ff80u
+                                     : 0xfc00fc00u;
+}
+
+__device__ __forceinline__ uint32_t load_word(const View& view, int column) {
+  if (view.is_float()) {
+    return column < view.columns ? reinterpret_cast<const uint32_t*>(view.data)[column]
+                                 : minus_infinity(view.dtype);
+  }
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(view.data);
+  const uint32_t none = minus_infinity(view.dtype) & 0xffffu;
+  const uint32_t low = column < view.columns ? halves[column] : none;
+  const uint32_t high = column + 1 < view.columns ? halves[column + 1] : none;
+  return low | high << 16;
+}
+
+// Word `index` of the 16 bytes that begin `bytes` (no multiple of 16) into the 32 of a and b.
+__device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, unsigned bytes) {
+  if (bytes & 8) a.x = a.z, a.y = a.w, a.z = b.x, a.w = b.y, b.x = b.z, b.y = b.w;
+  if (bytes & 4) a.x = a.y, a.y = a.z, a.z = a.w, a.w = b.x, b.x = b.y;
+  if (bytes & 2) {
+    a.x = a.x >> 16 | a.y << 16;
+    a.y = a.y >> 16 | a.z << 16;
+    a.z = a.z >> 16 | a.w << 16;
+    a.w = a.w >> 16 | b.x << 16;
+  }
+  return a;
+}
+
+// The 16 bytes from `column` on: one aligned load, or the two around them, or single columns where
+// those would reach beyond the row.
+__device__ __forceinline__ uint4 load_vector(const View& view, int column) {
+  const int shift = view.is_float() ? 2 : 1;
+  const int count = 16 >> shift;
+  const char* address = view.data + (int64_t{column} << shift);
+  const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(address)) % 16;
+  if (off == 0 && column + count <= view.columns) return load_streaming(address);
+  const int before = static_cast<int>(off) >> shift;
+  if (off != 0 && column >= before && column - before + 2 * count <= view.columns) {
+    const uint4* aligned = reinterpret_cast<const uint4*>(address - off);
+    return shifted(aligned[0], aligned[1], off);
+  }
+  const int words = 4 >> shift;  // columns of a word
+  return {load_word(view, column), load_word(view, column + words),
+          load_word(view, column + 2 * words), load_word(view, column + 3 * words)};
+}
+
+__device__ __forceinline__ Packed load_packed(const View& view, int step) {
+  Packed packed;
+  packed.first = load_vector(view, view.first(step));
+  if (view.is_float()) packed.second = load_vector(view, view.second(step));
+  return packed;
+}
+
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ void unpack(DType dtype, const Packed& packed, float* values) {
+  const uint32_t a[4] = {packed.first.x, packed.first.y, packed.first.z, packed.first.w};
+  if (dtype == DType::kFloat) {
+    const uint32_t b[4] = {packed.second.x, packed.second.y, packed.second.z, packed.second.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values[j] = as_float(a[j]), values[4 + j] = as_float(b[j]);
+  } else if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      values[2 * j] = as_float(a[j] << 16);
+      values[2 * j + 1] = as_float(a[j] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = unpack_half(a[j]);
+      values[2 * j] = pair.x;
+      values[2 * j + 1] = pair.y;
+    }
+  }
+}
+
+__device__ __forceinline__ Packed pack(DType dtype, const float* values) {
+  uint32_t a[4], b[4] = {};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (dtype == DType::kFloat) {
+      a[j] = __float_as_uint(values[j]);
+      b[j] = __float_as_uint(values[4 + j]);
+    } else if (dtype == DType::kBFloat16) {
+      a[j] = pack_bfloat16(values[2 * j], values[2 * j + 1]);
+    } else {
+      a[j] = pack_half(values[2 * j], values[2 * j + 1]);
+    }
+  }
+  return {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}};
+}
+
+__device__ __forceinline__ void store_word(const View& view, int column, uint32_t word) {
+  if (view.is_float()) {
+    if (column < view.columns) reinterpret_cast<uint32_t*>(view.data)[column] = word;
+    return;
+  }
+  uint16_t* halves = reinterpret_cast<uint16_t*>(view.data);
+  if (column < view.columns) halves[column] = static_cast<uint16_t>(word);
+  if (column + 1 < view.columns) halves[column + 1] = static_cast<uint16_t>(word >> 16);
+}
+
+__device__ __forceinline__ void store_vector(const View& view, int column, uint4 v) {
+  const int shift = view.is_float() ? 2 : 1;
+  char* address = view.data + (int64_t{column} << shift);
+  if (reinterpret_cast<uintptr_t>(address) % 16 == 0 && column + (16 >> shift) <= view.columns) {
+    return store_streaming(address, v);
+  }
+  const int words = 4 >> shift;
+  store_word(view, column, v.x);
+  store_word(view, column + words, v.y);
+  store_word(view, column + 2 * words, v.z);
+  store_word(view, column + 3 * words, v.w);
+}
+
+__device__ __forceinline__ void store(const View& view, int step, const float* values) {
+  const Packed packed = pack(view.dtype, values);
+  store_vector(view, view.first(step), packed.first);
+  if (view.is_float()) store_vector(view, view.second(step), packed.second);
+}
+
+// Columns [begin, end) become `value`; by the whole CTA.
+__device__ inline void fill(const View& view, int begin, int end, float value) {
+  const float values[kPerLane] = {value, value, value, value, value, value, value, value};
+  const uint4 v = pack(view.dtype, values).first;
+  const int shift = view.is_float() ? 2 : 1;
+  const int count = 16 >> shift;
+  // The first column at a multiple of 16 bytes, and the vectors from there on.
+  const auto address = reinterpret_cast<uintptr_t>(view.data + (int64_t{begin} << shift));
+  const int head = min(end, begin + static_cast<int>((16 - address % 16) % 16 >> shift));
+  const int vectors = (end - head) / count;
+  const int tail = head + vectors * count;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int i = thread; i < vectors; i += threads) {
+    store_streaming(view.data + (int64_t{head + i * count} << shift), v);
+  }
+  const auto single = [&](int column) {
+    if (view.is_float()) {
+      reinterpret_cast<uint32_t*>(view.data)[column] = v.x;
+    } else {
+      reinterpret_cast<uint16_t*>(view.data)[column] = static_cast<uint16_t>(v.x);
+    }
+  };
+  for (int i = begin + thread; i < head; i += threads) single(i);
+  for (int i = tail + thread; i < end; i += threads) single(i);
+}
+
+}  // namespace fastkd::cuda

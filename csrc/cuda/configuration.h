@@ -1,0 +1,32 @@
+// How a call is laid out on a GPU: the one table, and what it is derived from.
+#pragma once
+#include "../rows.h"
+
+namespace fastkd::cuda {
+
+// A thread holds kVectors times 8 columns of both rows in registers: 16 kVectors of them.
+constexpr int kVectors = 4;
+constexpr int kMaxWarps = 16;
+constexpr int kMaxCluster = 16;
+
+struct Plan {
+  const char* error = nullptr;
+  bool cluster = false;  // a row's CTAs form a cluster; else they meet in global memory, by tickets
+  int parts = 1;         // CTAs of a row
+  int threads = 256;     // of a CTA
+  int slots = 0;         // tickets: rows that have buffers in global memory at one time
+};
+
+// What a call may use, for tests that want several CTAs, or slices beyond the registers, at a few
+// hundred columns.
+struct Limits {
+  int cluster = kMaxCluster;  // CTAs; 0: no clusters
+  int tickets = 1 << 10;      // CTAs of a row without a cluster; 0: always clusters
+  int threads = 256;
+  int steps = 1 << 10;  // of a slice: 256 columns each
+};
+void set_limits(const Limits& limits);
+
+Plan plan(const KdRows& call);
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,236 @@
+// How the CTAs of one row meet. Two ways with one interface: a cluster, through distributed shared
+// memory; and where there are none, CTAs that take their row by ticket, through global memory.
+//
+//   begin()    the row this CTA works on, and its part of it; by all threads, before all else
+//   ready()    by all threads, before the first of what follows
+//   barrier()  what any CTA wrote before is seen by all after; by all threads
+//   send()     to every CTA of the row; by warp 0, once between two calls of advance()
+//   part()     what CTA i sent; by warp 0, after wait()
+//   advance()  by all threads, after each part()
+//   bin()      of the histogram that CTA i published, between two barriers; set_bin() changes one
+//   end()      by all threads, after all else
+//
+// The buffers of an exchange are used again two exchanges later. A CTA sends into them only after it
+// has everyone's part of the exchange between, which each sends only after it has read this one's:
+// so nobody is still reading.
+#pragma once
+#include "configuration.h"
+#include "sums.h"
+
+namespace fastkd::cuda {
+
+constexpr int kBins = 2048;  // of a histogram, see select.h
+
+__device__ __forceinline__ uint4 vector_of(const Sums& sums, int i) {
+  uint4 vector;
+  memcpy(&vector, reinterpret_cast<const char*>(&sums) + 16 * i, sizeof vector);
+  return vector;
+}
+
+class Cluster {
+ public:
+  struct Shared {
+    Sums inbox[2][kMaxCluster];
+    uint64_t barrier[2];
+    Sums outbox;
+  };
+
+  __device__ explicit Cluster(Shared& shared) : shared_(shared) {}
+
+#ifdef FASTKD_CLUSTERS
+  __device__ void begin(const Plan& plan, const KdRows&, unsigned*) {
+    rank_ = static_cast<int>(cluster_rank());
+    size_ = plan.parts;
+    row_ = blockIdx.x / static_cast<unsigned>(size_);
+    if (size_ == 1) return;
+    if (threadIdx.x == 0) {
+      mbarrier_init(&shared_.barrier[0], 1);
+      mbarrier_init(&shared_.barrier[1], 1);
+      mbarrier_init_fence();
+    }
+    cluster_arrive_relaxed();
+  }
+  // Between begin() and the first exchange: by then the rows are on their way and the other CTAs
+  // have begun.
+  __device__ void ready() {
+    if (size_ > 1) cluster_wait();
+  }
+  __device__ void barrier() {
+    if (size_ > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+  __device__ void send(const Sums& sums) {
+    const int buffer = count_ & 1;
+    if (lane() == 0) {
+      shared_.outbox = sums;
+      mbarrier_arrive_expect(&shared_.barrier[buffer], size_ * sizeof(Sums));
+    }
+    __syncwarp();
+    for (int i = lane(); i < size_ * kSumsVectors; i += kLanes) {
+      const int to = i / kSumsVectors, word = i % kSumsVectors;
+      store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank_]) + word,
+                  vector_of(shared_.outbox, word), &shared_.barrier[buffer],
+                  static_cast<unsigned>(to));
+    }
+  }
+  // A CTA that has everyone's last part has nothing more to come, and nobody reads its memory: it
+  // may exit.
+  __device__ void wait() {
+    mbarrier_wait(&shared_.barrier[count_ & 1], static_cast<unsigned>(count_ >> 1 & 1));
+  }
+  __device__ Sums part(int i) const { return shared_.inbox[count_ & 1][i]; }
+
+  // The bins lie in the shared memory of their CTAs.
+  __device__ void publish(const unsigned*) {}
+  __device__ unsigned bin(const unsigned* mine, int i, int bin) const {
+    return *peer(mine + bin, static_cast<unsigned>(i));
+  }
+  __device__ void set_bin(unsigned* mine, int bin, unsigned value) { mine[bin] = value; }
+#endif
+
+  __device__ void end() {}
+  __device__ void advance() { ++count_; }
+  __device__ int rank() const { return rank_; }
+  __device__ int size() const { return size_; }
+  __device__ int64_t row() const { return row_; }
+
+ private:
+  Shared& shared_;
+  int rank_ = 0, size_ = 1, count_ = 0;
+  int64_t row_ = 0;
+};
+
+// The workspace of the tickets: three kinds of counters, all 0 at the start of the kernel, and the
+// buffers of `slots` rows at a time.
+struct TicketSpace {
+  static constexpr int64_t kAlign = 256;
+  int64_t N, parts, slots;
+  bool bins;
+
+  FASTKD_HOST_DEVICE int64_t counter_bytes() const {  // the ticket, and two for each row
+    return ((1 + 2 * N) * 4 + kAlign - 1) / kAlign * kAlign;
+  }
+  FASTKD_HOST_DEVICE int64_t slot_bytes() const {
+    return parts * 2 * static_cast<int64_t>(sizeof(Sums)) + (bins ? parts * kBins * 4 : 0);
+  }
+  FASTKD_HOST_DEVICE int64_t bytes() const { return counter_bytes() + slots * slot_bytes(); }
+};
+
+// Forward progress without a cooperative launch. Tickets are handed out in the order in which CTAs
+// begin, so of all rows only the last one begun can lack CTAs that have not begun. A CTA waits for
+// the other CTAs of its row, and before it writes into a slot for the CTAs of an earlier row: by
+// induction over the rows, all earlier ones end, their CTAs leave, and the places they leave are
+// taken by the CTAs that the last row lacks. That needs as many places as a row has parts, which
+// the plan sees to. Nothing is left behind for the next launch: a memset precedes each.
+class Tickets {
+ public:
+  struct Shared {
+    unsigned ticket;
+    Sums outbox;
+  };
+
+  __device__ explicit Tickets(Shared& shared) : shared_(shared) {}
+
+  __device__ void begin(const Plan& plan, const KdRows& call, unsigned* workspace) {
+    size_ = plan.parts;
+    if (threadIdx.x == 0) shared_.ticket = atomicAdd(workspace, 1u);
+    __syncthreads();
+    const unsigned ticket = shared_.ticket;
+    row_ = ticket / static_cast<unsigned>(size_);
+    rank_ = static_cast<int>(ticket % static_cast<unsigned>(size_));
+    const TicketSpace space{call.N, size_, plan.slots, call.keep < call.vocab_size};
+    arrived_ = workspace + 1 + row_;
+    finished_ = arrived_ + call.N;
+    before_ = row_ >= plan.slots ? finished_ - plan.slots : nullptr;
+    char* slot = reinterpret_cast<char*>(workspace) + space.counter_bytes() +
+                 row_ % plan.slots * space.slot_bytes();
+    parts_ = reinterpret_cast<Sums*>(slot);
+    bins_ = reinterpret_cast<unsigned*>(parts_ + 2 * size_);
+  }
+  __device__ void ready() {}
+  __device__ void barrier() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      arrive();
+      await();
+    }
+    ++count_;
+    __syncthreads();
+  }
+  __device__ void send(const Sums& sums) {
+    if (lane() == 0) {
+      shared_.outbox = sums;
+      wait_for_slot();
+    }
+    __syncwarp();
+    if (lane() < kSumsVectors) {
+      store_shared_by_all(reinterpret_cast<uint4*>(slot(rank_)) + lane(),
+                          vector_of(shared_.outbox, lane()));
+    }
+    __syncwarp();
+    if (lane() == 0) arrive();
+  }
+  __device__ void wait() {
+    if (lane() == 0) await();
+    __syncwarp();
+  }
+  __device__ Sums part(int i) const {
+    uint4 vectors[kSumsVectors];
+#pragma unroll
+    for (int j = 0; j < kSumsVectors; ++j) {
+      vectors[j] = load_shared_by_all(reinterpret_cast<const uint4*>(slot(i)) + j);
+    }
+    Sums sums;
+    memcpy(&sums, vectors, sizeof sums);
+    return sums;
+  }
+  __device__ void publish(const unsigned* mine) {
+    if (threadIdx.x == 0) wait_for_slot();
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += static_cast<int>(blockDim.x)) {
+      store_shared_by_all(bins_ + rank_ * kBins + i, mine[i]);
+    }
+  }
+  __device__ unsigned bin(const unsigned*, int i, int bin) const {
+    return load_shared_by_all(bins_ + i * kBins + bin);
+  }
+  __device__ void set_bin(unsigned*, int bin, unsigned value) {
+    store_shared_by_all(bins_ + rank_ * kBins + bin, value);
+  }
+
+  // This CTA no longer touches the row's buffers, and nor does any row that had them before: a row
+  // that never used them has to wait for that as well, for the next one asks only about this one.
+  __device__ void end() {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    wait_for_slot();
+    add_release(finished_);
+  }
+  __device__ void advance() { ++count_; }
+  __device__ int rank() const { return rank_; }
+  __device__ int size() const { return size_; }
+  __device__ int64_t row() const { return row_; }
+
+ private:
+  __device__ Sums* slot(int i) const { return parts_ + (count_ & 1) * size_ + i; }
+  __device__ void arrive() { add_release(arrived_); }
+  __device__ void await() const {
+    const unsigned all = static_cast<unsigned>(size_ * (count_ + 1));
+    while (load_acquire(arrived_) < all) spin();
+  }
+  __device__ void wait_for_slot() {
+    if (before_ == nullptr) return;
+    while (load_acquire(before_) < static_cast<unsigned>(size_)) spin();
+  }
+
+  Shared& shared_;
+  int rank_ = 0, size_ = 1, count_ = 0;
+  int64_t row_ = 0;
+  unsigned *arrived_ = nullptr, *finished_ = nullptr, *before_ = nullptr, *bins_ = nullptr;
+  Sums* parts_ = nullptr;
+};
+
+}  // namespace fastkd::cuda

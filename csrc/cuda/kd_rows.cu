@@ -1,0 +1,203 @@
+// The loss, row by row: kernels, the table of launches, and the launch. Formulas: fastkd/spec.py.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "kernel.h"
+#include "registers.h"
+#include "reread.h"
+
+namespace fastkd::cuda {
+namespace {
+
+template <class Exchange>
+struct Shared {
+  typename Exchange::Shared exchange;
+  RowShared row;
+};
+
+constexpr int kMaxThreads = 256;
+
+template <class Exchange, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    kd_rows_kernel(const __grid_constant__ KdRows call, const __grid_constant__ Plan plan,
+                   unsigned* workspace) {
+#if !defined(__CUDACC__) || defined(FASTKD_CLUSTERS)
+  constexpr bool kExists = true;
+#else
+  constexpr bool kExists = std::is_same_v<Exchange, Tickets>;
+#endif
+  if constexpr (kExists) {
+    auto& shared = shared_memory<Shared<Exchange>>();
+    Exchange exchange(shared.exchange);
+    exchange.begin(plan, call, workspace);
+    Row<Exchange> row(call, exchange, shared.row);
+    if (row.is_skipped()) {
+      exchange.ready();
+      row.write_terms(0, 0);
+      row.fill_gradient(0);
+    } else if (!row.has_label()) {
+      exchange.ready();
+      row.write_terms(kNaN, kNaN);
+      row.fill_gradient(kNaN);
+    } else {
+      bool done = false;
+      if (row.longest <= warps() * kVectors) {
+        done = Registers<Exchange, kMode>(row).run();
+      } else {
+        exchange.ready();
+      }
+      if (!done) Reread<Exchange, kMode>(row).run();
+    }
+    exchange.end();
+  }
+}
+
+template <class Exchange>
+auto kernel_of(const KdRows& call) {
+  return call.beta == 0   ? kd_rows_kernel<Exchange, Mode::kForward>
+         : call.beta == 1 ? kd_rows_kernel<Exchange, Mode::kReverse>
+                          : kd_rows_kernel<Exchange, Mode::kMixture>;
+}
+
+// What the plan asks about a GPU, once for each.
+struct Device {
+  const char* error = nullptr;
+  int cluster = 0;  // the largest cluster, 0: none
+  int places = 0;   // CTAs of the ticket kernels that run at one time
+};
+
+constexpr int kDevices = 64;
+std::mutex mutex;
+Device devices[kDevices];
+bool known[kDevices];
+Limits limits;
+
+const char* text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class Exchange>
+cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* cluster) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(N * plan.parts));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = sizeof(Shared<Exchange>);
+  if (plan.cluster) {
+    cluster->id = cudaLaunchAttributeClusterDimension;
+    cluster->val.clusterDim.x = static_cast<unsigned>(plan.parts);
+    cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
+    config.attrs = cluster;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+Device ask(int device) {
+  Device answer;
+  int major = 0, processors = 0, places = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  KdRows call;
+  answer.places = 1 << 30;
+  for (const double beta : {0.0, 0.5, 1.0}) {
+    call.beta = beta;
+    const auto tickets = kernel_of<Tickets>(call);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&places, tickets, kMaxThreads,
+                                                            sizeof(Shared<Tickets>));
+    }
+    answer.places = std::min(answer.places, places * processors);
+    if (major < 9 || error != cudaSuccess) continue;
+    const auto clusters = kernel_of<Cluster>(call);
+    error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (major >= 9 && error == cudaSuccess) {
+    for (answer.cluster = kMaxCluster; answer.cluster > 1; answer.cluster /= 2) {
+      Plan plan;
+      plan.cluster = true;
+      plan.parts = answer.cluster;
+      plan.threads = kMaxThreads;
+      cudaLaunchAttribute attribute;
+      const auto config = shape<Cluster>(plan, 1, &attribute);
+      int active = 0;
+      const cudaError_t refused =
+          cudaOccupancyMaxActiveClusters(&active, kernel_of<Cluster>(call), &config);
+      if (refused == cudaSuccess && active > 0) break;
+      cudaGetLastError();
+    }
+  }
+  answer.error = text(error);
+  return answer;
+}
+
+Device ask_once() {
+  int device = 0;
+  if (const char* error = text(cudaGetDevice(&device))) return {error};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device >= kDevices) return ask(device);
+  if (!known[device]) devices[device] = ask(device), known[device] = devices[device].error == nullptr;
+  return devices[device];
+}
+
+template <class Exchange>
+const char* launch(const KdRows& call, const Plan& plan, unsigned* workspace, cudaStream_t stream) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = shape<Exchange>(plan, call.N, &attribute);
+  config.stream = stream;
+  return text(cudaLaunchKernelEx(&config, kernel_of<Exchange>(call), call, plan, workspace));
+}
+
+TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
+  return {call.N, plan.parts, plan.slots, call.keep < call.vocab_size};
+}
+
+}  // namespace
+
+void set_limits(const Limits& wanted) { limits = wanted; }
+
+// Registers hold 32 columns a thread of both rows, so 8192 a CTA. A row gets as few CTAs as hold it
+// so: in a cluster where one is large enough, else by tickets, and where even the GPU has too few
+// places for those, with slices that are read again.
+Plan plan(const KdRows& call) {
+  const Device device = ask_once();
+  Plan plan;
+  plan.error = device.error;
+  plan.threads = std::min(limits.threads, kMaxThreads);
+  const int64_t steps = (call.vocab_size + kStep - 1) / kStep;
+  const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * kVectors);
+  int64_t parts = (steps + capacity - 1) / capacity;
+  const int cluster = std::min(device.cluster, limits.cluster);
+  plan.cluster = parts <= cluster || limits.tickets == 0;
+  parts = std::min<int64_t>(parts, plan.cluster ? cluster : std::min(device.places, limits.tickets));
+  plan.parts = static_cast<int>(parts);
+  if (!plan.cluster) {
+    plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
+  }
+  return plan;
+}
+
+size_t workspace_bytes(const KdRows& call) {
+  const Plan layout = plan(call);
+  if (layout.cluster || layout.error != nullptr || call.N == 0) return 0;
+  return static_cast<size_t>(ticket_space(call, layout).bytes());
+}
+
+const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
+  if (call.is_double) return "the CUDA kernels do not take float64 logits";
+  if (call.N == 0) return nullptr;
+  const Plan layout = plan(call);
+  if (layout.error != nullptr) return layout.error;
+  if (call.N * layout.parts >= int64_t{1} << 31) return "more rows than one launch can have";
+  const auto on = static_cast<cudaStream_t>(stream);
+  auto* const counters = static_cast<unsigned*>(workspace);
+  if (layout.cluster) return launch<Cluster>(call, layout, nullptr, on);
+  const auto bytes = static_cast<size_t>(ticket_space(call, layout).counter_bytes());
+  if (const char* error = text(cudaMemsetAsync(workspace, 0, bytes, on))) return error;
+  return launch<Tickets>(call, layout, counters, on);
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,69 @@
+// The CUDA backend's ops: device, stream and scratch memory for the kernels. Schemas are defined in
+// Python (fastkd/ops.py). Neither torch's CUDA headers nor a torch with CUDA is needed to compile.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../module.h"
+#include "../tensors.h"
+#include "kernel.h"
+
+namespace fastkd {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("fastkd, cuda: ") + error);
+}
+
+void kd_rows_cuda(const KdRows& call, const Tensor& student) {
+  if (call.is_double || call.dstudent.dtype == DType::kDouble)
+    check("the kernels take float32, bfloat16 and float16 logits, got float64");
+  if (call.N == 0) return;
+  const int32_t device = student.get_device_index();
+  const DeviceGuard guard(device);
+  // Of torch's caching allocator: it goes back when this returns, to be used again no earlier than
+  // the work enqueued here is done, for that is on the same stream.
+  const size_t bytes = cuda::workspace_bytes(call);
+  std::optional<Tensor> workspace;
+  if (bytes > 0)
+    workspace = torch::stable::new_empty(student, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  check(cuda::kd_rows(call, workspace ? workspace->data_ptr() : nullptr, current_stream(device)));
+}
+
+void scale_rows_cuda(const ScaleRows& call, const Tensor& dstudent) {
+  if (call.dstudent.dtype == DType::kDouble)
+    check("the kernels take float32, bfloat16 and float16 gradients, got float64");
+  if (call.N == 0) return;
+  const int32_t device = dstudent.get_device_index();
+  const DeviceGuard guard(device);
+  check(cuda::scale_rows(call, current_stream(device)));
+}
+
+// The CUDA version that the kernels are built with, and for what: "13.0 sm_80 sm_90 compute_120".
+std::string cuda_build() { return FASTKD_CUDA_BUILD; }
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) { m.def("cuda_build() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build", TORCH_BOX(&fastkd::cuda_build));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
+  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_cuda>));
+  m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cuda>));
+}
+
+FASTKD_MODULE(_C_cuda)

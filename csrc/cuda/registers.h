@@ -1,0 +1,282 @@
+// The core of rows whose slices fit the registers: every logit is read once, its exponential stays
+// where the logit was, one exchange, and the gradient is written from them.
+#pragma once
+#include "row.h"
+
+namespace fastkd::cuda {
+
+template <class Exchange, Mode kMode>
+class Registers {
+ public:
+  __device__ explicit Registers(Row<Exchange>& row) : row_(row) {
+    const int steps = row.end - row.begin - warp();
+    count_ = steps > 0 ? (steps + warps() - 1) / warps() : 0;
+  }
+
+  // False where the row has to be read again: infinities, or sums that cancel.
+  __device__ bool run() {
+    load();
+    if (row_.own_hard) sum_hard();
+    if (row_.pruned) prune();
+    if (row_.has_soft) sum_soft();
+    sums_.label = row_.label_logit();
+    const Sums& total = row_.total(sums_, [&](Sums& sums) {
+      if (kMode != Mode::kMixture && row_.has_soft) row_.shared.divergence = divergence(sums);
+    });
+    const float label = total.label;
+    const Sums sums = total;
+    Divergence soft{0, 0, true};
+    if (row_.has_soft) {
+      if constexpr (kMode == Mode::kMixture) {
+        soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf;
+      } else {
+        soft = row_.shared.divergence;
+      }
+      if (!soft.exact) return false;
+    }
+    float hard = 0;
+    if (row_.shares) {
+      hard = row_.hard_term(kReverse ? sums.lead : sums.other,
+                            kReverse ? sums.lead_frame : sums.other_frame, student_scale(), label);
+    } else if (row_.has_hard) {
+      hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label);
+    }
+    const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
+    const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
+    float from_student = 0;
+    if (kMode == Mode::kMixture && row_.has_soft) {
+      const Sums mixed = mix(lead, other);
+      from_student = mixed.other;
+      const float beta = static_cast<float>(row_.call.beta);
+      soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
+    }
+    row_.write_terms(soft.value, hard);
+    if (!row_.wants_gradient()) return true;
+    if (row_.template is_lost<kMode>(soft.value, hard)) {
+      row_.fill_gradient(kNaN);
+    } else {
+      find_factors(sums, soft, lead, other, from_student);
+      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.hard_weight);
+      row_.fill_beyond();
+    }
+    return true;
+  }
+
+ private:
+  static constexpr bool kReverse = kMode == Mode::kReverse;
+
+  __device__ int step(int i) const { return row_.begin + warp() + i * warps(); }
+  __device__ float student_scale() const { return row_.student_inverse * kLog2E; }
+  __device__ float teacher_scale() const { return row_.teacher_inverse * kLog2E; }
+
+  template <class Fn>
+  __device__ __forceinline__ void each(const Fn& fn) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i < count_) fn(i);
+    }
+  }
+
+  // All loads are under way before the first is waited for.
+  __device__ __forceinline__ void load() {
+    Packed student[kVectors], teacher[kVectors];
+    each([&](int i) { student[i] = load_packed(row_.student, step(i)); });
+    if (row_.has_soft) each([&](int i) { teacher[i] = load_packed(row_.teacher, step(i)); });
+    row_.exchange.ready();
+    each([&](int i) { unpack(row_.student.dtype, student[i], student_[i]); });
+    if (row_.has_soft) each([&](int i) { unpack(row_.teacher.dtype, teacher[i], teacher_[i]); });
+  }
+
+  __device__ __forceinline__ float maximum(const float (&values)[kVectors][kPerLane]) {
+    float max = -kInf;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) max = fmaxf(max, values[i][j]);
+    });
+    return warp_max(max);
+  }
+
+  __device__ __forceinline__ void sum_hard() {
+    sums_.hard_frame = maximum(student_) * kLog2E;
+    const float frame = used(sums_.hard_frame);
+    float sum = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        sum += exp2_approx(fmaf(student_[i][j], kLog2E, -frame));
+      }
+    });
+    sums_.hard = warp_sum(sum);
+  }
+
+  // Classes below the threshold no longer exist on either side.
+  __device__ __forceinline__ void prune() {
+    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher.dtype,
+                                        row_.call.keep, [&](const auto& fn) {
+                                          each([&](int i) {
+#pragma unroll
+                                            for (int j = 0; j < kPerLane; ++j) fn(teacher_[i][j]);
+                                          });
+                                        });
+    bool nan = false;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float s = student_[i][j], t = teacher_[i][j];
+        nan |= s != s || t != t;
+        const bool keep = t >= threshold;
+        student_[i][j] = keep ? s : -kInf;
+        teacher_[i][j] = keep ? t : -kInf;
+      }
+    });
+    // A NaN is lost with its class: it has to show in the sums.
+    if (nan) poison_ = kNaN;
+  }
+
+  __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
+
+  // The exponentials in the place of the logits, in the frames of the warp's maxima: no other warp
+  // is waited for.
+  __device__ __forceinline__ void sum_soft() {
+    auto& lead = kReverse ? student_ : teacher_;
+    auto& other = kReverse ? teacher_ : student_;
+    const float lead_scale = kReverse ? student_scale() : teacher_scale();
+    const float other_scale = kReverse ? teacher_scale() : student_scale();
+    // The product of frame and scale, rounded, is itself the frame: every exponential and every
+    // sum is relative to the same number.
+    sums_.lead_frame = maximum(lead) * lead_scale;
+    sums_.other_frame = maximum(other) * other_scale;
+    const float lead_frame = used(sums_.lead_frame), other_frame = used(sums_.other_frame);
+    float sum_lead = poison_, sum_other = 0, difference = 0, excess = 0, cross = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float u_lead = fmaf(lead[i][j], lead_scale, -lead_frame);
+        const float u_other = fmaf(other[i][j], other_scale, -other_frame);
+        const float e_lead = exp2_approx(u_lead), e_other = exp2_approx(u_other);
+        sum_lead += e_lead;
+        sum_other += e_other;
+        lead[i][j] = e_lead;
+        other[i][j] = e_other;
+        if constexpr (kMode != Mode::kMixture) {
+          // -inf where the lead is, NaN where both are: such a class adds e_other, or nothing.
+          const float x = fmaxf(u_lead - u_other, -kHuge);
+          const float d = e_other - e_lead, weighted = e_lead * x;
+          // x^2 phi of x = ln 2 times this one, for |x ln 2| < 1/4; relative error 3e-8.
+          float phi = fmaf(x, 0.000154292415f, -0.00133582903f);
+          phi = fmaf(x, phi, 0.00961811654f);
+          phi = fmaf(x, phi, -0.0555040278f);
+          phi = fmaf(x, phi, 0.240226507f);
+          const float near = weighted * x * phi, far = fmaf(weighted, kLn2, d);
+          difference += d;
+          cross += weighted;
+          excess += fabsf(x) < 0.36f ? near : far;
+          if constexpr (kReverse) other[i][j] = weighted;
+        }
+      }
+    });
+    sums_.lead = warp_sum(sum_lead);
+    sums_.other = warp_sum(sum_other);
+    if constexpr (kMode != Mode::kMixture) {
+      sums_.difference = warp_sum(difference);
+      sums_.excess = warp_sum(excess);
+      sums_.cross = warp_sum(cross) * kLn2;
+    }
+  }
+
+  // What turns the exponentials of a warp into probabilities.
+  __device__ static float scale(float frame, float row_frame, float sum) {
+    return frame > -kInf ? exp2_approx(frame - row_frame) / sum : 0.0f;
+  }
+
+  // KL(p || m) as `lead` and KL(q || m) as `other`. Leaves q where the student was, and
+  // q ln(q / m) where the teacher was. With y = (q - p) / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta
+  // y, and each divergence is a sum of r ln r - r + 1 over m, without cancellation.
+  __device__ __forceinline__ Sums mix(float per_p, float per_q) {
+    const float beta = static_cast<float>(row_.call.beta);
+    float from_teacher = 0, from_student = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float p = __fmul_rn(per_p, teacher_[i][j]), q = __fmul_rn(per_q, student_[i][j]);
+        const float m = beta * p + (1 - beta) * q;
+        const float y = __fdividef(q - p, fmaxf(m, 0x1p-126f));
+        const LogTerms log_q = log_terms(beta * y);
+        from_teacher += m * log_terms((beta - 1) * y).excess;
+        from_student += m * log_q.excess;
+        student_[i][j] = q;
+        teacher_[i][j] = q * log_q.log;
+      }
+    });
+    Sums sums;
+    sums.lead_frame = sums.other_frame = 0;
+    sums.lead = warp_sum(from_teacher);
+    sums.other = warp_sum(from_student);
+    return row_.total(sums, [](Sums&) {});
+  }
+
+  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q - p;
+  // reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight, and
+  // the hard weight times q besides.
+  __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
+                                               float other, float from_student) {
+    const float weight = row_.soft_weight * row_.student_inverse;
+    const float hard = row_.shares ? row_.hard_weight : 0.0f;
+    const bool off = row_.soft_weight == 0;
+    if constexpr (kMode == Mode::kForward) {
+      a_ = other * ((off ? 0 : weight) + hard);
+      b_ = off ? 0 : lead * weight;
+    } else if constexpr (kMode == Mode::kReverse) {
+      const float shift = (used(sums_.lead_frame) - sums.lead_frame) -
+                          (used(sums_.other_frame) - sums.other_frame);
+      const float scaled = off ? 0 : weight * lead;
+      a_ = scaled * (fmaf(shift, kLn2, soft.log_ratio) - soft.value) + hard * lead;
+      b_ = scaled * kLn2;
+    } else {
+      const float scaled = off ? 0 : (1 - static_cast<float>(row_.call.beta)) * weight;
+      a_ = hard - scaled * from_student;
+      b_ = scaled;
+    }
+  }
+
+  __device__ __forceinline__ void write_gradient(float hard) {
+    const float hard_frame = used(sums_.hard_frame);
+    each([&](int i) {
+      float gradient[kPerLane];
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        if (!row_.has_soft) {
+          gradient[j] = 0;
+        } else if constexpr (kMode == Mode::kForward) {
+          // Rounded alike, so that equal logits give exactly 0.
+          gradient[j] = __fmul_rn(student_[i][j], a_) - __fmul_rn(teacher_[i][j], b_);
+        } else {
+          gradient[j] = fmaf(student_[i][j], a_, teacher_[i][j] * b_);
+        }
+      }
+      if (row_.own_hard && row_.hard_weight != 0) {
+        // Their logits are in L2 since a moment ago; no other thread has written over them.
+        float logits[kPerLane];
+        unpack(row_.student.dtype, load_packed(row_.student, step(i)), logits);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          gradient[j] =
+              fmaf(exp2_approx(fmaf(logits[j], kLog2E, -hard_frame)), hard, gradient[j]);
+        }
+      }
+      row_.add_label(step(i), gradient);
+      store(row_.dstudent, step(i), gradient);
+    });
+  }
+
+  static constexpr float kHuge = 3e38f;
+
+  Row<Exchange>& row_;
+  int count_;  // steps of this warp
+  float student_[kVectors][kPerLane], teacher_[kVectors][kPerLane];
+  Sums sums_;  // of this warp
+  float poison_ = 0;
+  float a_ = 0, b_ = 0;
+};
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,292 @@
+// The core of every row: slices of any length, read again for each step, and exact for infinities
+// and for sums that cancel. It serves the rows that registers.h passes over.
+#pragma once
+#include "row.h"
+
+namespace fastkd::cuda {
+
+template <class Exchange, Mode kMode>
+class Reread {
+ public:
+  __device__ explicit Reread(Row<Exchange>& row)
+      : row_(row),
+        student_inverse_(row.student_inverse),
+        teacher_inverse_(row.teacher_inverse),
+        beta_(static_cast<float>(row.call.beta)) {}
+
+  __device__ void run() {
+    if (row_.pruned) {
+      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.teacher.dtype,
+                               row_.call.keep, [&](const auto& fn) {
+                                 each_step([&](int, const float*, const float* teacher) {
+                                   for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);
+                                 });
+                               });
+    }
+    find_maxima();
+    Divergence soft{0, 0, true};
+    Sums sums = sum(soft);
+    if (row_.has_soft && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
+        sums.other > 0 && soft.log_ratio < kInf && soft.log_ratio > -kInf) {
+      // Once more, with the two sides alike: nothing of what is summed then cancels.
+      other_frame() += soft.log_ratio;
+      sums = sum(soft);
+    }
+    const float student_sum = kReverse ? sums.lead : sums.other;
+    const float teacher_sum = kReverse ? sums.other : sums.lead;
+    const bool mass = sums.lead > 0 && sums.other > 0;  // and no NaN
+    per_q_ = 1 / student_sum;
+    per_p_ = 1 / teacher_sum;
+    float value = soft.value, from_student = 0;
+    if (!row_.has_soft) {
+      value = 0;
+    } else if (!mass) {
+      value = kNaN;
+    } else if (kMode == Mode::kMixture) {
+      const Sums mixed = mix();
+      from_student = mixed.other;
+      value = beta_ * mixed.lead + (1 - beta_) * mixed.other;
+    } else if (sums.forbidden > 0) {
+      value = kInf;
+    }
+    float hard = 0;
+    if (row_.has_hard) {
+      // The frame of the shared exponentials is in natural units, and T is 1.
+      const float sum = row_.shares ? student_sum : sums.hard;
+      const float frame = row_.shares ? student_frame_ : hard_frame_;
+      hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
+    }
+    row_.write_terms(value, hard);
+    if (!row_.wants_gradient()) return;
+    if (row_.template is_lost<kMode>(value, hard)) {
+      row_.fill_gradient(kNaN);
+    } else {
+      write_gradient(soft, from_student, row_.hard_weight / sums.hard);
+      row_.fill_beyond();
+    }
+  }
+
+ private:
+  static constexpr bool kReverse = kMode == Mode::kReverse;
+
+  __device__ float& other_frame() { return kReverse ? teacher_frame_ : student_frame_; }
+
+  template <class Fn>
+  __device__ void each_step(const Fn& fn) {
+    for (int step = row_.begin + warp(); step < row_.end; step += warps()) {
+      float student[kPerLane], teacher[kPerLane];
+      const Packed packed_student = load_packed(row_.student, step);
+      if (row_.has_soft) unpack(row_.teacher.dtype, load_packed(row_.teacher, step), teacher);
+      unpack(row_.student.dtype, packed_student, student);
+      fn(step, student, teacher);
+    }
+  }
+
+  // Pruned classes are at -inf on both sides.
+  __device__ void prune(float* student, float* teacher) const {
+    if (!row_.pruned) return;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (teacher[j] >= threshold_) continue;
+      student[j] = teacher[j] = -kInf;
+    }
+  }
+
+  template <class Fn>
+  __device__ void each_pruned(const Fn& fn) {
+    each_step([&](int step, float* student, float* teacher) {
+      if (row_.has_soft) prune(student, teacher);
+      fn(step, student, teacher);
+    });
+  }
+
+  // Of the logits as they are stored, then times 1 / T: what all exponentials are relative to.
+  __device__ void find_maxima() {
+    float student_max = -kInf, teacher_max = -kInf, hard_max = -kInf;
+    bool nan = false;
+    each_step([&](int, float* student, float* teacher) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        hard_max = fmaxf(hard_max, student[j]);
+        nan |= student[j] != student[j] || (row_.has_soft && teacher[j] != teacher[j]);
+      }
+      if (!row_.has_soft) return;
+      prune(student, teacher);
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        student_max = fmaxf(student_max, student[j]);
+        teacher_max = fmaxf(teacher_max, teacher[j]);
+      }
+    });
+    if (nan) poison_ = kNaN;
+    Sums sums;
+    sums.lead_frame = warp_max(student_max);
+    sums.other_frame = warp_max(teacher_max);
+    sums.hard_frame = warp_max(hard_max);
+    const Sums& total = row_.total(sums, [](Sums&) {});
+    const auto frame = [](float max, float inverse) { return max > -kInf ? max * inverse : 0.0f; };
+    student_frame_ = frame(total.lead_frame, student_inverse_);
+    teacher_frame_ = frame(total.other_frame, teacher_inverse_);
+    hard_frame_ = frame(total.hard_frame, 1);
+    __syncthreads();  // before the next sums come into the same place
+  }
+
+  struct Pair {
+    float lead, other;  // exponentials
+    float x;            // ln lead - ln other, as far as it is finite
+    float difference;   // other - lead
+    float excess;       // lead phi(x)
+    bool forbidden;
+  };
+
+  __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
+
+  __device__ Pair pair(float student, float teacher) const {
+    const float l = kReverse ? student : teacher, o = kReverse ? teacher : student;
+    const float lead_frame = kReverse ? student_frame_ : teacher_frame_;
+    const float other_frame = kReverse ? teacher_frame_ : student_frame_;
+    const float lead_inverse = kReverse ? student_inverse_ : teacher_inverse_;
+    const float other_inverse = kReverse ? teacher_inverse_ : student_inverse_;
+    const float y_lead = fmaf(l, lead_inverse, -lead_frame);
+    const float y_other = fmaf(o, other_inverse, -other_frame);
+    // From the difference of the logits, which is exact where they nearly agree, unless that of
+    // the frames would cost more.
+    const bool direct = lead_inverse == other_inverse && fabsf(lead_frame - other_frame) < 8;
+    const float difference = direct ? fmaf(l - o, lead_inverse, other_frame - lead_frame)
+                                    : y_lead - y_other;
+    Pair p;
+    p.x = fminf(fmaxf(difference, -kLargest), kLargest);  // NaN, of -inf on both sides, too
+    p.lead = exponential(y_lead);
+    p.other = exponential(y_other);
+    const bool near = fabsf(p.x) < 0.25f;
+    const float phi = p.x * p.x * phi_series(p.x);
+    p.difference = near ? p.lead * (phi - p.x) : p.other - p.lead;
+    p.excess = near ? p.lead * phi : fmaf(p.lead, p.x, p.difference);
+    p.forbidden = o == -kInf && l > -kInf;
+    return p;
+  }
+
+  __device__ Sums sum(Divergence& soft) {
+    Sums sums;
+    sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
+    sums.lead = poison_;
+    each_step([&](int, float* student, float* teacher) {
+      if (row_.own_hard) {
+        float hard = 0;
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) hard += exponential(student[j] - hard_frame_);
+        sums.hard += hard;
+      }
+      if (!row_.has_soft) return;
+      prune(student, teacher);
+      Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const Pair p = pair(student[j], teacher[j]);
+        few.lead += p.lead;
+        few.other += p.other;
+        few.difference += p.difference;
+        few.excess += p.excess;
+        few.cross = fmaf(p.lead, p.x, few.cross);
+        few.forbidden += p.forbidden ? 1.0f : 0.0f;
+      }
+      sums.lead += few.lead;
+      sums.other += few.other;
+      sums.difference += few.difference;
+      sums.excess += few.excess;
+      sums.cross += few.cross;
+      sums.forbidden += few.forbidden;
+    });
+    sums.lead = warp_sum(sums.lead);
+    sums.other = warp_sum(sums.other);
+    sums.difference = warp_sum(sums.difference);
+    sums.excess = warp_sum(sums.excess);
+    sums.cross = warp_sum(sums.cross);
+    sums.forbidden = warp_sum(sums.forbidden);
+    sums.hard = warp_sum(sums.hard);
+    sums.label = row_.label_logit();
+    const Sums total = row_.total(
+        sums, [&](Sums& sums) { row_.shared.divergence = divergence(sums); });
+    soft = row_.shared.divergence;
+    __syncthreads();
+    return total;
+  }
+
+  struct Mixed {
+    float q, log_q, from_teacher, from_student;  // log_q: ln(q / m)
+  };
+  __device__ Mixed mixed(float student, float teacher) const {
+    const float q = __fmul_rn(per_q_, exponential(fmaf(student, student_inverse_, -student_frame_)));
+    const float p = __fmul_rn(per_p_, exponential(fmaf(teacher, teacher_inverse_, -teacher_frame_)));
+    const float m = beta_ * p + (1 - beta_) * q;
+    const float y = __fdividef(q - p, fmaxf(m, 0x1p-126f));
+    const LogTerms from_q = log_terms(beta_ * y);
+    return {q, from_q.log, m * log_terms((beta_ - 1) * y).excess, m * from_q.excess};
+  }
+
+  __device__ Sums mix() {
+    Sums sums;
+    sums.lead_frame = sums.other_frame = 0;
+    each_pruned([&](int, float* student, float* teacher) {
+      float from_teacher = 0, from_student = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const Mixed m = mixed(student[j], teacher[j]);
+        from_teacher += m.from_teacher;
+        from_student += m.from_student;
+      }
+      sums.lead += from_teacher;
+      sums.other += from_student;
+    });
+    sums.lead = warp_sum(sums.lead);
+    sums.other = warp_sum(sums.other);
+    return row_.total(sums, [](Sums&) {});
+  }
+
+  __device__ void write_gradient(const Divergence& soft, float from_student, float hard) {
+    const float weight = row_.soft_weight * student_inverse_;
+    const float shared_hard = row_.shares ? row_.hard_weight : 0.0f;
+    each_step([&](int step, float* student, float* teacher) {
+      float gradient[kPerLane] = {};
+      if (row_.own_hard && row_.hard_weight != 0) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          gradient[j] = exponential(student[j] - hard_frame_) * hard;
+        }
+      }
+      if (row_.soft_weight != 0 || shared_hard != 0) {
+        prune(student, teacher);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          float q = 0, of_soft = 0;
+          if constexpr (kMode == Mode::kMixture) {
+            const Mixed m = mixed(student[j], teacher[j]);
+            q = m.q;
+            of_soft = (1 - beta_) * q * (m.log_q - from_student);
+          } else {
+            const Pair e = pair(student[j], teacher[j]);
+            q = __fmul_rn(kReverse ? e.lead : e.other, per_q_);
+            // Where the student is at -inf nothing can change: 0, whatever p is there.
+            const float p = student[j] > -kInf ? __fmul_rn(e.lead, per_p_) : 0.0f;
+            of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : q - p;
+          }
+          if (row_.soft_weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
+          if (shared_hard != 0) gradient[j] = fmaf(q, shared_hard, gradient[j]);
+        }
+      }
+      row_.add_label(step, gradient);
+      store(row_.dstudent, step, gradient);
+    });
+  }
+
+  static constexpr float kLargest = 3.4028234e38f;
+
+  Row<Exchange>& row_;
+  const float student_inverse_, teacher_inverse_, beta_;
+  float student_frame_ = 0, teacher_frame_ = 0, hard_frame_ = 0;  // in units of the logits times 1/T
+  float threshold_ = -kInf;
+  float poison_ = 0;  // NaN where a logit is
+  float per_p_ = 0, per_q_ = 0;
+};
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,201 @@
+"""Which backend is taken, and the reasons why another is not, on machines that are not at hand."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import cuda, ops
+
+CPU, FLOAT, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
+NATIVE = (torch.ops.fastkd.kd_rows.default, torch.ops.fastkd.scale_rows_.default)
+REFERENCE = (
+    torch.ops.fastkd.kd_rows_reference.default,
+    torch.ops.fastkd.scale_rows_reference_.default,
+)
+WHEEL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+class Properties(NamedTuple):
+    major: int
+    minor: int
+    name: str
+
+
+def gpu(index: int = 0) -> torch.device:
+    return torch.device("cuda", index)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine((7, 5), (9, 0)): one with the CUDA kernels of the wheel and GPUs of this kind.
+
+    Returns how often each GPU was asked for its properties.
+    """
+
+    def install(*capabilities, targets=WHEEL):
+        asked = [0] * len(capabilities)
+
+        def properties(index):
+            asked[index] += 1
+            major, minor = capabilities[index]
+            return Properties(major, minor, f"GPU of {major}.{minor}")
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(cuda, "_TARGETS", [cuda.Target.parse(name) for name in targets])
+        monkeypatch.setitem(ops._BACKENDS, "cuda", ops._BACKENDS["cuda"]._replace(missing=[]))
+        monkeypatch.setattr(ops, "_CHOSEN", {})
+        return asked
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("targets", "runs_on", "not_on"),
+    [
+        (("sm_80",), [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        (("sm_86",), [(8, 6), (8, 7)], [(8, 0), (9, 0)]),
+        (("sm_90a",), [(9, 0)], [(8, 0), (10, 0)]),
+        (("sm_100f",), [(10, 0)], [(10, 3)]),
+        (("compute_90",), [(9, 0), (10, 3), (12, 0)], [(8, 9)]),
+        # The PTX of 12.0 is for what comes later; 11.0 is a family of its own that none serves.
+        (WHEEL, [(8, 0), (8, 7), (8, 9), (9, 0), (10, 3), (12, 1), (13, 0)], [(7, 5), (11, 0)]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value[0], str) else "",
+)
+def test_targets(targets, runs_on, not_on):
+    parsed = [cuda.Target.parse(name) for name in targets]
+    for capability in runs_on:
+        assert any(target.runs_on(capability) for target in parsed), capability
+    for capability in not_on:
+        assert not any(target.runs_on(capability) for target in parsed), capability
+
+
+def test_auto_takes_the_kernels_where_they_run(machine):
+    asked = machine((7, 5), (9, 0))
+    assert ops.choose_backend("auto", gpu(0), FLOAT) == REFERENCE
+    assert ops.choose_backend("auto", gpu(1), FLOAT) == NATIVE
+    assert ops.choose_backend("cuda", gpu(1), FLOAT) == NATIVE
+    assert fastkd.backends()["cuda"] == []  # on one of the two it can
+    with pytest.raises(RuntimeError, match=r"'cuda'.*GPU 0, GPU of 7\.5,.*7\.5.*sm_80, "):
+        ops.choose_backend("cuda", gpu(0), FLOAT)
+    before = list(asked)
+    for _ in range(3):
+        ops.choose_backend("auto", gpu(0), FLOAT)
+        ops.choose_backend("cuda", gpu(1), FLOAT)
+    assert asked == before
+
+
+def test_float64_on_a_gpu_goes_to_the_definition(machine):
+    machine((9, 0))
+    assert ops.choose_backend("auto", gpu(), DOUBLE) == REFERENCE
+    assert ops.choose_backend("auto", gpu(), FLOAT) == NATIVE
+    with pytest.raises(TypeError, match=r"'cuda' takes float32, bfloat16 and float16.*float64"):
+        ops.choose_backend("cuda", gpu(), DOUBLE)
+
+
+def test_float64_is_refused_before_anything_is_written(monkeypatch):
+    """By a backend on the CPU, for want of a GPU; either of the logits decides."""
+    monkeypatch.setitem(
+        ops._BACKENDS, "reference", ops._BACKENDS["reference"]._replace(float64=False)
+    )
+    monkeypatch.setattr(ops, "_CHOSEN", {})
+    for dtypes in ((DOUBLE, DOUBLE), (FLOAT, DOUBLE), (DOUBLE, FLOAT)):
+        student, teacher = (torch.ones(2, 3, dtype=dtype) for dtype in dtypes)
+        student = student.requires_grad_() * 1
+        with pytest.raises(TypeError, match="float64"):
+            fastkd.kd_loss(student, teacher, inplace=True, backend="reference")
+        assert (student == 1).all() and student._version == 0
+    fastkd.kd_loss(torch.ones(2, 3), torch.ones(2, 3), backend="reference")
+
+
+def test_reasons(machine, monkeypatch):
+    machine((7, 5), (6, 1))
+    reasons = fastkd.backends()["cuda"]
+    assert len(reasons) == 2 and "7.5" in reasons[0] and "6.1" in reasons[1]
+    machine()
+    assert fastkd.backends()["cuda"] == ["torch.cuda sees no GPU"]
+    with pytest.raises(RuntimeError, match="sees no GPU; the logits are on cpu, not on cuda"):
+        ops.choose_backend("cuda", CPU, FLOAT)
+
+    def broken(index):
+        raise RuntimeError("the driver is too old")
+
+    machine((9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    assert fastkd.backends()["cuda"] == ["CUDA cannot be initialised: the driver is too old"]
+
+
+def test_the_cpu_never_asks_for_a_gpu(machine):
+    asked = machine((9, 0))
+    for name in ("auto", "reference"):
+        for dtype in (FLOAT, DOUBLE):
+            ops.choose_backend(name, CPU, dtype)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    ("version", "present", "words"),
+    [
+        ("13.0", False, ["not part of this installation"]),
+        (None, True, ["built without CUDA"]),
+        (None, False, ["not part of this installation", "built without CUDA"]),
+        ("13.0", True, ["does not load: it is broken"]),
+    ],
+)
+def test_a_module_that_is_not_there_or_does_not_load(monkeypatch, version, present, words):
+    def broken(name):
+        assert version is not None, "a torch without CUDA cannot load it"
+        raise ImportError("it is broken")
+
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: present or None)
+    monkeypatch.setattr(cuda, "import_module", broken)
+    reasons, targets = cuda._load()
+    assert not targets and len(reasons) == len(words)
+    assert all(word in reason for word, reason in zip(words, reasons, strict=True))
+
+
+@pytest.mark.slow  # compiles
+def test_the_choice_inside_a_compiled_graph(machine):
+    """The first call may be a compiled one: the GPU's properties are constants of its graph."""
+    machine((7, 5), (9, 0))
+    for device, dtype, expected in (
+        (gpu(0), FLOAT, REFERENCE),
+        (gpu(1), FLOAT, NATIVE),
+        (gpu(1), DOUBLE, REFERENCE),
+    ):
+        torch._dynamo.reset()
+        chosen = []
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def compiled(x, device=device, chosen=chosen):
+            chosen.append(ops.choose_backend("auto", device, x.dtype))
+            return x + 1
+
+        compiled(torch.ones(3, dtype=dtype))
+        assert chosen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (None, []),
+        ((13, 1), []),
+        ((14, 0), []),
+        ((12, 9), ["built with CUDA 13.0", "supports 12.9"]),
+    ],
+)
+def test_a_driver_too_old_for_the_runtime_inside_the_module(monkeypatch, driver, words):
+    build = SimpleNamespace(cuda_build=lambda: "13.0 sm_80 compute_120")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.ops, "fastkd", build)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(cuda, "import_module", lambda name: None)
+    monkeypatch.setattr(cuda, "_driver_version", lambda: driver)
+    reasons, targets = cuda._load()
+    assert [target.name for target in targets] == ["sm_80", "compute_120"]
+    assert len(reasons) == bool(words) and all(word in reasons[0] for word in words)
