@@ -11,7 +11,7 @@
 #   memcheck    the variants under compute-sanitizer; racecheck, synccheck: the same
 #   timing      against the device's copy, eager PyTorch and torch.compile
 #
-# Needs nvcc, torch >= 2.10 with CUDA, setuptools and pytest; ninja, hypothesis and
+# Needs nvcc, g++, torch >= 2.10 with CUDA, setuptools and pytest; ninja, hypothesis and
 # compute-sanitizer are used where they are. A stage ends within 8 minutes; what it prints goes to
 # OUT/STAGE.log, its outcome to OUT/summary.txt. "unfinished": there was no time for all of it;
 # timing goes on where it stopped when it is called again. BACKEND=triton: the other backend.
@@ -25,7 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 BACKEND=${BACKEND:-cuda}
 REHEARSE=${REHEARSE:-}
 [ -z "$REHEARSE" ] || BACKEND=cpu
-export OUT BACKEND REHEARSE PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
+export OUT BACKEND REHEARSE PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 FASTKD_EMULATION=0
 
 build() {
   if [ -z "$REHEARSE" ]; then

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true")
     built = parser.parse_args().cuda
     where = Path(fastkd.__file__)
-    assert TREE not in where.parents, f"this is the source tree, not an installation: {where}"
+    assert where.parent != TREE / "fastkd", f"this is the source tree, not an installation: {where}"
     assert not torch.cuda.is_initialized(), "import fastkd initialised CUDA"
     assert (find_spec("fastkd._C_cuda") is not None) == built
 

@@ -3,6 +3,7 @@ compares it with the definition in float64 within the bounds of bounds.py.
 """
 
 import itertools
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -25,6 +26,7 @@ class Backend:
     float64: bool = True
     instruction_set: int = 0  # of the cpu backend: 0 is the widest this processor has
     label: str = ""
+    emulated: bool = False  # a hundred times slower
 
     def need(self, *dtypes: torch.dtype) -> None:
         if torch.float64 in dtypes and not self.float64:
@@ -40,7 +42,11 @@ BACKENDS = (
     Backend("cpu"),
     Backend("cuda", "cuda", float64=False),
     # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
-    *(Backend(name, float64=False) for name in build.backends()),
+    # Not where FASTKD_EMULATION=0 says that a GPU is at hand.
+    *(
+        Backend(name, float64=False, emulated=True)
+        for name in (build.backends() if os.environ.get("FASTKD_EMULATION") != "0" else ())
+    ),
 )
 
 

@@ -42,6 +42,10 @@ struct View {
   }
 };
 
+__device__ __forceinline__ char* address_of(const View& view, int column) {
+  return view.data + (int64_t{column} << (view.is_float() ? 2 : 1));
+}
+
 // -inf in every half, or as a float.
 __device__ __forceinline__ uint32_t minus_infinity(DType dtype) {
   return dtype == DType::kFloat      ? 0xff800000u
@@ -79,7 +83,7 @@ __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, unsigned bytes) {
 __device__ __forceinline__ uint4 load_vector(const View& view, int column) {
   const int shift = view.is_float() ? 2 : 1;
   const int count = 16 >> shift;
-  const char* address = view.data + (int64_t{column} << shift);
+  const char* address = address_of(view, column);
   const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(address)) % 16;
   if (off == 0 && column + count <= view.columns) return load_streaming(address);
   const int before = static_cast<int>(off) >> shift;
@@ -90,6 +94,21 @@ __device__ __forceinline__ uint4 load_vector(const View& view, int column) {
   const int words = 4 >> shift;  // columns of a word
   return {load_word(view, column), load_word(view, column + words),
           load_word(view, column + 2 * words), load_word(view, column + 3 * words)};
+}
+
+// Whether every vector of the steps up to `last` is aligned and inside the row.
+__device__ __forceinline__ bool is_whole(const View& view, int last) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (last + 1) * kStep <= view.columns;
+}
+__device__ __forceinline__ Packed load_whole(const View& view, int step) {
+  Packed packed;
+  packed.first = load_streaming(address_of(view, view.first(step)));
+  if (view.is_float()) packed.second = load_streaming(address_of(view, view.second(step)));
+  return packed;
+}
+__device__ __forceinline__ void store_whole(const View& view, int step, const Packed& packed) {
+  store_streaming(address_of(view, view.first(step)), packed.first);
+  if (view.is_float()) store_streaming(address_of(view, view.second(step)), packed.second);
 }
 
 __device__ __forceinline__ Packed load_packed(const View& view, int step) {
@@ -151,7 +170,7 @@ __device__ __forceinline__ void store_word(const View& view, int column, uint32_
 
 __device__ __forceinline__ void store_vector(const View& view, int column, uint4 v) {
   const int shift = view.is_float() ? 2 : 1;
-  char* address = view.data + (int64_t{column} << shift);
+  char* address = address_of(view, column);
   if (reinterpret_cast<uintptr_t>(address) % 16 == 0 && column + (16 >> shift) <= view.columns) {
     return store_streaming(address, v);
   }
@@ -162,26 +181,25 @@ __device__ __forceinline__ void store_vector(const View& view, int column, uint4
   store_word(view, column + 3 * words, v.w);
 }
 
-__device__ __forceinline__ void store(const View& view, int step, const float* values) {
-  const Packed packed = pack(view.dtype, values);
+__device__ __forceinline__ void store_packed(const View& view, int step, const Packed& packed) {
   store_vector(view, view.first(step), packed.first);
   if (view.is_float()) store_vector(view, view.second(step), packed.second);
 }
 
 // Columns [begin, end) become `value`; by the whole CTA.
-__device__ inline void fill(const View& view, int begin, int end, float value) {
+__device__ FASTKD_NOINLINE inline void fill(View view, int begin, int end, float value) {
   const float values[kPerLane] = {value, value, value, value, value, value, value, value};
   const uint4 v = pack(view.dtype, values).first;
   const int shift = view.is_float() ? 2 : 1;
   const int count = 16 >> shift;
   // The first column at a multiple of 16 bytes, and the vectors from there on.
-  const auto address = reinterpret_cast<uintptr_t>(view.data + (int64_t{begin} << shift));
+  const auto address = reinterpret_cast<uintptr_t>(address_of(view, begin));
   const int head = min(end, begin + static_cast<int>((16 - address % 16) % 16 >> shift));
   const int vectors = (end - head) / count;
   const int tail = head + vectors * count;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   for (int i = thread; i < vectors; i += threads) {
-    store_streaming(view.data + (int64_t{head + i * count} << shift), v);
+    store_streaming(address_of(view, head + i * count), v);
   }
   const auto single = [&](int column) {
     if (view.is_float()) {

@@ -8,6 +8,7 @@ namespace fastkd::cuda {
 constexpr int kVectors = 4;
 constexpr int kMaxWarps = 16;
 constexpr int kMaxCluster = 16;
+constexpr int kMaxTickets = 128;  // 2^20 classes in slices of 8192
 
 struct Plan {
   const char* error = nullptr;
@@ -21,7 +22,7 @@ struct Plan {
 // hundred columns.
 struct Limits {
   int cluster = kMaxCluster;  // CTAs; 0: no clusters
-  int tickets = 1 << 10;      // CTAs of a row without a cluster; 0: always clusters
+  int tickets = kMaxTickets;  // CTAs of a row without a cluster; 0: always clusters
   int threads = 256;
   int steps = 1 << 10;  // of a slice: 256 columns each
 };

@@ -1,12 +1,14 @@
 // How the CTAs of one row meet. Two ways with one interface: a cluster, through distributed shared
 // memory; and where there are none, CTAs that take their row by ticket, through global memory.
 //
-//   begin()    the row this CTA works on, and its part of it; by all threads, before all else
+// row() is the row this CTA works on, rank() its part of it. To be called
+//
 //   ready()    by all threads, before the first of what follows
 //   barrier()  what any CTA wrote before is seen by all after; by all threads
-//   send()     to every CTA of the row; by warp 0, once between two calls of advance()
-//   part()     what CTA i sent; by warp 0, after wait()
-//   advance()  by all threads, after each part()
+//   send()     sums in shared memory to every CTA of the row; by warp 0, once between two calls
+//              of advance()
+//   parts()    in shared memory, what each CTA sent; by warp 0
+//   advance()  by all threads, after each parts()
 //   bin()      of the histogram that CTA i published, between two barriers; set_bin() changes one
 //   end()      by all threads, after all else
 //
@@ -32,16 +34,14 @@ class Cluster {
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
-    Sums outbox;
   };
 
-  __device__ explicit Cluster(Shared& shared) : shared_(shared) {}
-
 #ifdef FASTKD_CLUSTERS
-  __device__ void begin(const Plan& plan, const KdRows&, unsigned*) {
-    rank_ = static_cast<int>(cluster_rank());
-    size_ = plan.parts;
-    row_ = blockIdx.x / static_cast<unsigned>(size_);
+  __device__ Cluster(Shared& shared, const KdRows&, const Plan& plan, unsigned*)
+      : shared_(shared),
+        size_(plan.parts),
+        rank_(static_cast<int>(cluster_rank())),
+        row_(static_cast<int>(blockIdx.x / static_cast<unsigned>(size_))) {
     if (size_ == 1) return;
     if (threadIdx.x == 0) {
       mbarrier_init(&shared_.barrier[0], 1);
@@ -50,8 +50,7 @@ class Cluster {
     }
     cluster_arrive_relaxed();
   }
-  // Between begin() and the first exchange: by then the rows are on their way and the other CTAs
-  // have begun.
+  // Before the first exchange: by then the row is on its way and the other CTAs have begun.
   __device__ void ready() {
     if (size_ > 1) cluster_wait();
   }
@@ -64,24 +63,20 @@ class Cluster {
   }
   __device__ void send(const Sums& sums) {
     const int buffer = count_ & 1;
-    if (lane() == 0) {
-      shared_.outbox = sums;
-      mbarrier_arrive_expect(&shared_.barrier[buffer], size_ * sizeof(Sums));
-    }
-    __syncwarp();
+    if (lane() == 0) mbarrier_arrive_expect(&shared_.barrier[buffer], size_ * sizeof(Sums));
     for (int i = lane(); i < size_ * kSumsVectors; i += kLanes) {
       const int to = i / kSumsVectors, word = i % kSumsVectors;
       store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank_]) + word,
-                  vector_of(shared_.outbox, word), &shared_.barrier[buffer],
+                  vector_of(sums, word), &shared_.barrier[buffer],
                   static_cast<unsigned>(to));
     }
   }
   // A CTA that has everyone's last part has nothing more to come, and nobody reads its memory: it
   // may exit.
-  __device__ void wait() {
+  __device__ Sums* parts() {
     mbarrier_wait(&shared_.barrier[count_ & 1], static_cast<unsigned>(count_ >> 1 & 1));
+    return shared_.inbox[count_ & 1];
   }
-  __device__ Sums part(int i) const { return shared_.inbox[count_ & 1][i]; }
 
   // The bins lie in the shared memory of their CTAs.
   __device__ void publish(const unsigned*) {}
@@ -95,12 +90,12 @@ class Cluster {
   __device__ void advance() { ++count_; }
   __device__ int rank() const { return rank_; }
   __device__ int size() const { return size_; }
-  __device__ int64_t row() const { return row_; }
+  __device__ int row() const { return row_; }
 
  private:
   Shared& shared_;
-  int rank_ = 0, size_ = 1, count_ = 0;
-  int64_t row_ = 0;
+  const int size_, rank_, row_;
+  int count_ = 0;
 };
 
 // The workspace of the tickets: three kinds of counters, all 0 at the start of the kernel, and the
@@ -128,28 +123,19 @@ struct TicketSpace {
 class Tickets {
  public:
   struct Shared {
+    Sums inbox[kMaxTickets];
     unsigned ticket;
-    Sums outbox;
   };
 
-  __device__ explicit Tickets(Shared& shared) : shared_(shared) {}
-
-  __device__ void begin(const Plan& plan, const KdRows& call, unsigned* workspace) {
-    size_ = plan.parts;
+  __device__ Tickets(Shared& shared, const KdRows& call, const Plan& plan, unsigned* workspace)
+      : shared_(shared), call_(call), plan_(plan), workspace_(workspace) {
     if (threadIdx.x == 0) shared_.ticket = atomicAdd(workspace, 1u);
     __syncthreads();
-    const unsigned ticket = shared_.ticket;
-    row_ = ticket / static_cast<unsigned>(size_);
-    rank_ = static_cast<int>(ticket % static_cast<unsigned>(size_));
-    const TicketSpace space{call.N, size_, plan.slots, call.keep < call.vocab_size};
-    arrived_ = workspace + 1 + row_;
-    finished_ = arrived_ + call.N;
-    before_ = row_ >= plan.slots ? finished_ - plan.slots : nullptr;
-    char* slot = reinterpret_cast<char*>(workspace) + space.counter_bytes() +
-                 row_ % plan.slots * space.slot_bytes();
-    parts_ = reinterpret_cast<Sums*>(slot);
-    bins_ = reinterpret_cast<unsigned*>(parts_ + 2 * size_);
+    const unsigned size = static_cast<unsigned>(plan.parts);
+    row_ = static_cast<int>(shared_.ticket / size);
+    rank_ = static_cast<int>(shared_.ticket - static_cast<unsigned>(row_) * size);
   }
+
   __device__ void ready() {}
   __device__ void barrier() {
     __syncthreads();
@@ -160,45 +146,35 @@ class Tickets {
     ++count_;
     __syncthreads();
   }
-  __device__ void send(const Sums& sums) {
-    if (lane() == 0) {
-      shared_.outbox = sums;
-      wait_for_slot();
-    }
+  __device__ void send(const Sums& mine) {
+    if (lane() == 0) wait_for_slot();
     __syncwarp();
-    if (lane() < kSumsVectors) {
-      store_shared_by_all(reinterpret_cast<uint4*>(slot(rank_)) + lane(),
-                          vector_of(shared_.outbox, lane()));
-    }
+    if (lane() < kSumsVectors) store_shared_by_all(sums(rank_) + lane(), vector_of(mine, lane()));
     __syncwarp();
     if (lane() == 0) arrive();
   }
-  __device__ void wait() {
+  __device__ Sums* parts() {
     if (lane() == 0) await();
     __syncwarp();
-  }
-  __device__ Sums part(int i) const {
-    uint4 vectors[kSumsVectors];
-#pragma unroll
-    for (int j = 0; j < kSumsVectors; ++j) {
-      vectors[j] = load_shared_by_all(reinterpret_cast<const uint4*>(slot(i)) + j);
+    for (int i = lane(); i < size() * kSumsVectors; i += kLanes) {
+      const uint4 vector = load_shared_by_all(sums(0) + i);
+      memcpy(reinterpret_cast<char*>(shared_.inbox) + 16 * i, &vector, sizeof vector);
     }
-    Sums sums;
-    memcpy(&sums, vectors, sizeof sums);
-    return sums;
+    __syncwarp();
+    return shared_.inbox;
   }
   __device__ void publish(const unsigned* mine) {
     if (threadIdx.x == 0) wait_for_slot();
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += static_cast<int>(blockDim.x)) {
-      store_shared_by_all(bins_ + rank_ * kBins + i, mine[i]);
+      store_shared_by_all(bins(rank_) + i, mine[i]);
     }
   }
   __device__ unsigned bin(const unsigned*, int i, int bin) const {
-    return load_shared_by_all(bins_ + i * kBins + bin);
+    return load_shared_by_all(bins(i) + bin);
   }
   __device__ void set_bin(unsigned*, int bin, unsigned value) {
-    store_shared_by_all(bins_ + rank_ * kBins + bin, value);
+    store_shared_by_all(bins(rank_) + bin, value);
   }
 
   // This CTA no longer touches the row's buffers, and nor does any row that had them before: a row
@@ -207,30 +183,46 @@ class Tickets {
     __syncthreads();
     if (threadIdx.x != 0) return;
     wait_for_slot();
-    add_release(finished_);
+    add_release(finished(row_));
   }
   __device__ void advance() { ++count_; }
   __device__ int rank() const { return rank_; }
-  __device__ int size() const { return size_; }
-  __device__ int64_t row() const { return row_; }
+  __device__ int size() const { return plan_.parts; }
+  __device__ int row() const { return row_; }
 
  private:
-  __device__ Sums* slot(int i) const { return parts_ + (count_ & 1) * size_ + i; }
-  __device__ void arrive() { add_release(arrived_); }
+  // Nothing of this is kept: the registers are needed for the row.
+  __device__ TicketSpace space() const {
+    return {call_.N, plan_.parts, plan_.slots, call_.keep < call_.vocab_size};
+  }
+  __device__ unsigned* arrived(int row) const { return workspace_ + 1 + row; }
+  __device__ unsigned* finished(int row) const { return arrived(row) + call_.N; }
+  __device__ char* slot() const {
+    const TicketSpace s = space();
+    return reinterpret_cast<char*>(workspace_) + s.counter_bytes() +
+           row_ % plan_.slots * s.slot_bytes();
+  }
+  __device__ uint4* sums(int i) const {
+    return reinterpret_cast<uint4*>(slot()) + ((count_ & 1) * size() + i) * kSumsVectors;
+  }
+  __device__ unsigned* bins(int i) const {
+    return reinterpret_cast<unsigned*>(slot() + 2 * size() * sizeof(Sums)) + i * kBins;
+  }
+  __device__ void arrive() { add_release(arrived(row_)); }
   __device__ void await() const {
-    const unsigned all = static_cast<unsigned>(size_ * (count_ + 1));
-    while (load_acquire(arrived_) < all) spin();
+    const unsigned all = static_cast<unsigned>(size() * (count_ + 1));
+    while (load_acquire(arrived(row_)) < all) spin();
   }
   __device__ void wait_for_slot() {
-    if (before_ == nullptr) return;
-    while (load_acquire(before_) < static_cast<unsigned>(size_)) spin();
+    if (row_ < plan_.slots) return;
+    while (load_acquire(finished(row_ - plan_.slots)) < static_cast<unsigned>(size())) spin();
   }
 
   Shared& shared_;
-  int rank_ = 0, size_ = 1, count_ = 0;
-  int64_t row_ = 0;
-  unsigned *arrived_ = nullptr, *finished_ = nullptr, *before_ = nullptr, *bins_ = nullptr;
-  Sums* parts_ = nullptr;
+  const KdRows& call_;
+  const Plan& plan_;
+  unsigned* const workspace_;
+  int row_, rank_, count_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -19,6 +19,13 @@ struct Shared {
 
 constexpr int kMaxThreads = 256;
 
+// Apart from the kernel's body: its code and its registers would be in the way of the usual row.
+template <class Exchange, Mode kMode>
+__device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, RowShared& shared) {
+  Row<Exchange> row(call, exchange, shared);
+  Reread<Exchange, kMode>(row).run();
+}
+
 template <class Exchange, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     kd_rows_kernel(const __grid_constant__ KdRows call, const __grid_constant__ Plan plan,
@@ -30,14 +37,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 #endif
   if constexpr (kExists) {
     auto& shared = shared_memory<Shared<Exchange>>();
-    Exchange exchange(shared.exchange);
-    exchange.begin(plan, call, workspace);
+    Exchange exchange(shared.exchange, call, plan, workspace);
     Row<Exchange> row(call, exchange, shared.row);
     if (row.is_skipped()) {
       exchange.ready();
       row.write_terms(0, 0);
       row.fill_gradient(0);
-    } else if (!row.has_label()) {
+    } else if (row.label < 0) {
       exchange.ready();
       row.write_terms(kNaN, kNaN);
       row.fill_gradient(kNaN);
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       } else {
         exchange.ready();
       }
-      if (!done) Reread<Exchange, kMode>(row).run();
+      if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
     }
     exchange.end();
   }
@@ -174,6 +180,10 @@ Plan plan(const KdRows& call) {
   plan.cluster = parts <= cluster || limits.tickets == 0;
   parts = std::min<int64_t>(parts, plan.cluster ? cluster : std::min(device.places, limits.tickets));
   plan.parts = static_cast<int>(parts);
+  // No more warps than a short slice has steps; a power of two, which select.h counts on.
+  while (plan.threads / 2 >= kLanes && plan.threads / 2 / kLanes * parts >= steps) {
+    plan.threads /= 2;
+  }
   if (!plan.cluster) {
     plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
   }

@@ -12,6 +12,8 @@
 #define FASTKD_CLUSTERS 1
 #endif
 
+#define FASTKD_NOINLINE __noinline__
+
 namespace fastkd::cuda {
 
 // The CTA's dynamic shared memory.

@@ -15,14 +15,15 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
 void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("fastkd, cuda: ") + error);
+}
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS)
+    check("torch has no current stream on this device");
+  return stream;
 }
 
 void kd_rows_cuda(const KdRows& call, const Tensor& student) {

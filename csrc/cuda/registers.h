@@ -77,14 +77,61 @@ class Registers {
     }
   }
 
+  // Once per step of the warp, in a loop that is not unrolled, for what is long and rare: what is
+  // held of each step moves up by one, so that every access has a fixed place in the registers.
+  template <class Fn, class Rotate>
+  __device__ __forceinline__ void each_in_turn(const Fn& fn, const Rotate& rotate) {
+#pragma unroll 1
+    for (int i = 0; i < kVectors; ++i) {
+      if (i < count_) fn(i);
+      rotate();
+    }
+  }
+  static __device__ __forceinline__ void rotate(Packed* items) {
+    const Packed first = items[0];
+#pragma unroll
+    for (int i = 0; i + 1 < kVectors; ++i) items[i] = items[i + 1];
+    items[kVectors - 1] = first;
+  }
+  static __device__ __forceinline__ void rotate(float (&items)[kVectors][kPerLane]) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float first = items[0][j];
+#pragma unroll
+      for (int i = 0; i + 1 < kVectors; ++i) items[i][j] = items[i + 1][j];
+      items[kVectors - 1][j] = first;
+    }
+  }
+
   // All loads are under way before the first is waited for.
   __device__ __forceinline__ void load() {
     Packed student[kVectors], teacher[kVectors];
-    each([&](int i) { student[i] = load_packed(row_.student, step(i)); });
-    if (row_.has_soft) each([&](int i) { teacher[i] = load_packed(row_.teacher, step(i)); });
+    const int last = step(count_ - 1);
+    if (is_whole(row_.student, last) && (!row_.has_soft || is_whole(row_.teacher, last))) {
+      each([&](int i) { student[i] = load_whole(row_.student, step(i)); });
+      if (row_.has_soft) each([&](int i) { teacher[i] = load_whole(row_.teacher, step(i)); });
+    } else {
+      each_in_turn(
+          [&](int i) {
+            student[0] = load_packed(row_.student, step(i));
+            if (row_.has_soft) teacher[0] = load_packed(row_.teacher, step(i));
+          },
+          [&] {
+            rotate(student);
+            rotate(teacher);
+          });
+    }
     row_.exchange.ready();
-    each([&](int i) { unpack(row_.student.dtype, student[i], student_[i]); });
-    if (row_.has_soft) each([&](int i) { unpack(row_.teacher.dtype, teacher[i], teacher_[i]); });
+    unpack_all(row_.student.dtype, student, student_);
+    if (row_.has_soft) unpack_all(row_.teacher.dtype, teacher, teacher_);
+  }
+
+  __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
+                                             float (&values)[kVectors][kPerLane]) {
+    const auto all = [&](DType dtype) { each([&](int i) { unpack(dtype, packed[i], values[i]); }); };
+    dtype == DType::kFloat      ? all(DType::kFloat)
+    : dtype == DType::kBFloat16 ? all(DType::kBFloat16)
+                                : all(DType::kHalf);
   }
 
   __device__ __forceinline__ float maximum(const float (&values)[kVectors][kPerLane]) {
@@ -239,34 +286,53 @@ class Registers {
     }
   }
 
+  // Of the soft term, and what the hard term shares of it.
+  __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
+                                                float* gradient) const {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if constexpr (kMode == Mode::kForward) {
+        // Rounded alike, so that equal logits give exactly 0.
+        gradient[j] = __fmul_rn(student[j], a_) - __fmul_rn(teacher[j], b_);
+      } else {
+        gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
+      }
+    }
+  }
+
   __device__ __forceinline__ void write_gradient(float hard) {
-    const float hard_frame = used(sums_.hard_frame);
-    each([&](int i) {
-      float gradient[kPerLane];
+    const bool own_hard = row_.own_hard && row_.hard_weight != 0;
+    if (row_.has_soft && !own_hard && is_whole(row_.dstudent, step(count_ - 1))) {
+      each([&](int i) {
+        float gradient[kPerLane];
+        find_gradient(student_[i], teacher_[i], gradient);
+        row_.add_label(step(i), gradient);
+        store_whole(row_.dstudent, step(i), pack(row_.dstudent.dtype, gradient));
+      });
+      return;
+    }
+    const float frame = used(sums_.hard_frame);
+    each_in_turn(
+        [&](int i) {
+          float gradient[kPerLane] = {};
+          if (row_.has_soft) find_gradient(student_[0], teacher_[0], gradient);
+          if (own_hard) {
+            // Their logits are in L2 since a moment ago; no other thread has written over them.
+            float logits[kPerLane];
+            unpack(row_.student.dtype, load_packed(row_.student, step(i)), logits);
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (!row_.has_soft) {
-          gradient[j] = 0;
-        } else if constexpr (kMode == Mode::kForward) {
-          // Rounded alike, so that equal logits give exactly 0.
-          gradient[j] = __fmul_rn(student_[i][j], a_) - __fmul_rn(teacher_[i][j], b_);
-        } else {
-          gradient[j] = fmaf(student_[i][j], a_, teacher_[i][j] * b_);
-        }
-      }
-      if (row_.own_hard && row_.hard_weight != 0) {
-        // Their logits are in L2 since a moment ago; no other thread has written over them.
-        float logits[kPerLane];
-        unpack(row_.student.dtype, load_packed(row_.student, step(i)), logits);
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          gradient[j] =
-              fmaf(exp2_approx(fmaf(logits[j], kLog2E, -hard_frame)), hard, gradient[j]);
-        }
-      }
-      row_.add_label(step(i), gradient);
-      store(row_.dstudent, step(i), gradient);
-    });
+            for (int j = 0; j < kPerLane; ++j) {
+              const float e = exp2_approx(fmaf(logits[j], kLog2E, -frame));
+              gradient[j] = fmaf(e, hard, gradient[j]);
+            }
+          }
+          row_.add_label(step(i), gradient);
+          store_packed(row_.dstudent, step(i), pack(row_.dstudent.dtype, gradient));
+        },
+        [&] {
+          rotate(student_);
+          rotate(teacher_);
+        });
   }
 
   static constexpr float kHuge = 3e38f;

@@ -275,7 +275,7 @@ class Reread {
         }
       }
       row_.add_label(step, gradient);
-      store(row_.dstudent, step, gradient);
+      store_packed(row_.dstudent, step, pack(row_.dstudent.dtype, gradient));
     });
   }
 

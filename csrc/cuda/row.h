@@ -31,22 +31,20 @@ class Row {
         student_inverse(vector(call.student_inv_temperature)),
         teacher_inverse(vector(call.teacher_inv_temperature)) {
     const int steps = (vocab + kStep - 1) / kStep;
-    begin = static_cast<int>(int64_t{steps} * exchange.rank() / exchange.size());
-    end = static_cast<int>(int64_t{steps} * (exchange.rank() + 1) / exchange.size());
     longest = (steps + exchange.size() - 1) / exchange.size();
+    begin = share(steps, exchange.rank());
+    end = share(steps, exchange.rank() + 1);
     has_soft = call.soft_weight != nullptr;
     has_hard = call.hard_weight != nullptr;
     pruned = has_soft && call.keep < call.vocab_size;
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     shares = has_hard && has_soft && !pruned && student_inverse == 1;
     own_hard = has_hard && !shares;
-    label = call.labels != nullptr ? call.labels[row] : 0;
+    const int64_t of_row = call.labels != nullptr ? call.labels[row] : 0;
+    label = of_row >= 0 && of_row < vocab ? static_cast<int>(of_row) : -1;
   }
 
   __device__ bool is_skipped() const { return soft_weight == 0 && hard_weight == 0; }
-  __device__ bool has_label() const {
-    return call.labels == nullptr || (label >= 0 && label < vocab);
-  }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
   __device__ void write_terms(float soft, float hard) const {
@@ -64,10 +62,8 @@ class Row {
   __device__ void fill_beyond() const {
     const int width = static_cast<int>(call.dstudent.width) - vocab;
     if (width == 0) return;
-    const auto share = [&](int rank) {
-      return vocab + static_cast<int>(int64_t{width} * rank / exchange.size());
-    };
-    fill(dstudent, share(exchange.rank()), share(exchange.rank() + 1), 0.0f);
+    fill(dstudent, vocab + share(width, exchange.rank()), vocab + share(width, exchange.rank() + 1),
+         0.0f);
   }
 
   // Whether nothing but NaN can be said of the gradient.
@@ -81,29 +77,26 @@ class Row {
   // that may write over it later.
   __device__ float label_logit() const {
     if (!has_hard || threadIdx.x != 0) return 0;
-    const int column = static_cast<int>(label);
-    if (column < begin * kStep || column >= end * kStep) return 0;
-    const uint32_t word = load_word(student, column);
+    if (label < begin * kStep || label >= end * kStep) return 0;
+    const uint32_t word = load_word(student, label);
     float values[kPerLane];
     unpack(student.dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
     return values[0];
   }
 
   // Sums over the row of what each warp has, in the frames of the row's maxima; in shared memory,
-  // until the next call. `finish(sums)` runs once on them, in every lane of one warp.
+  // until the next call. `finish(sums)` runs on them once.
   template <class Finish>
   __device__ const Sums& total(const Sums& warp_sums, const Finish& finish) {
     if (lane() == 0) shared.warps[warp()] = warp_sums;
     __syncthreads();
     if (warp() == 0) {
-      Sums sums = combine(warps(), [&](int i) { return shared.warps[i]; });
+      combine(shared.warps, warps(), shared.total);
       if (exchange.size() > 1) {
-        exchange.send(sums);
-        exchange.wait();
-        sums = combine(exchange.size(), [&](int i) { return exchange.part(i); });
+        exchange.send(shared.total);
+        combine(exchange.parts(), exchange.size(), shared.total);
       }
-      finish(sums);
-      if (lane() == 0) shared.total = sums;
+      if (lane() == 0) finish(shared.total);
     }
     exchange.advance();
     __syncthreads();
@@ -119,7 +112,7 @@ class Row {
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
   __device__ void add_label(int step, float* gradient) const {
     if (!has_hard || label / kStep != step) return;
-    const int index = dstudent.index(step, static_cast<int>(label));
+    const int index = dstudent.index(step, label);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if (j == index) gradient[j] -= hard_weight;
@@ -129,19 +122,24 @@ class Row {
   const KdRows& call;
   Exchange& exchange;
   RowShared& shared;
-  const int64_t row;
+  const int row;
   const int vocab;
   const View student, teacher, dstudent;
   const float soft_weight, hard_weight, student_inverse, teacher_inverse;
   int begin, end;  // the slice of this CTA, in steps
   int longest;     // slice of the row
-  int64_t label;
+  int label;     // -1: no class
   bool has_soft, has_hard;
   bool pruned;
   bool shares;    // the hard term uses the soft term's exponentials
   bool own_hard;  // the hard term has exponentials of its own
 
  private:
+  // Where the part of CTA `rank` begins.
+  __device__ int share(int all, int rank) const {
+    const int each = all / exchange.size(), over = all - each * exchange.size();
+    return each * rank + min(rank, over);
+  }
   __device__ float vector(const void* values) const {
     return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
   }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
       unpack(view.dtype, load_packed(view, step), values);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) values[j] *= scale;
-      store(view, step, values);
+      store_packed(view, step, pack(view.dtype, values));
     }
   }
 }

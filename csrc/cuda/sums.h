@@ -12,19 +12,23 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
 // Of some columns, with e = 2^(logit log2(e) / T - frame), x = ln e_lead - ln e_other and
-// phi(x) = x + exp(-x) - 1 >= 0. Moved between lanes, CTAs and memory as four vectors of 16 bytes.
+// phi(x) = x + exp(-x) - 1 >= 0. Moved between warps, CTAs and memory as vectors of 16 bytes.
 struct alignas(16) Sums {
   float lead_frame = -kInf, other_frame = -kInf;  // -inf: no finite logit, and no sum
-  float lead = 0;                                 // sum e_lead
-  float other = 0;                                // sum e_other
-  float difference = 0;                           // sum (e_other - e_lead)
-  float excess = 0;                               // sum e_lead phi(x)
-  float cross = 0;                                // sum e_lead x
-  float lead_moved = 0, other_moved = 0;          // see `moved`
-  float hard_frame = -kInf, hard = 0;             // the student at T = 1 over all classes
-  float label = 0;                                // the student's logit there, from whoever has it
+  float hard_frame = -kInf;
+  float lead = 0;                         // sum e_lead
+  float other = 0;                        // sum e_other
+  float difference = 0;                   // sum (e_other - e_lead)
+  float excess = 0;                       // sum e_lead phi(x)
+  float cross = 0;                        // sum e_lead x
+  float lead_moved = 0, other_moved = 0;  // see move()
+  float hard = 0;       // of the student's exponentials at T = 1 over all classes
+  float label = 0;      // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
   float unused[3] = {};
+
+  static constexpr int kFrames = 3, kFields = 13;  // the frames come first
+  __device__ float* fields() { return &lead_frame; }
 };
 constexpr int kSumsVectors = sizeof(Sums) / 16;
 
@@ -38,77 +42,63 @@ __device__ __forceinline__ float phi_series(float x) {
 
 __device__ __forceinline__ float smaller_square(float x) { return fminf(fabsf(x), x * x); }
 
-// The sums in other frames, which are not below the old ones.
+// Brings the sums to other frames, which are not below the old ones.
 //
 // The excess of columns that only seem to differ, because the maxima of their two sides do, is
-// large there and small after the move: it has lost what it was large against. `moved` adds up how
-// much, so that a divergence small beside it is known to be inexact.
-__device__ inline Sums moved(const Sums& s, float lead_frame, float other_frame) {
+// large there and small after the move: it has lost what it was large against. lead_moved and
+// other_moved add up how much, so that a divergence small beside them is known to be inexact.
+__device__ inline void move(Sums& s, float lead_frame, float other_frame, float hard_frame) {
   const bool has_lead = s.lead_frame > -kInf, has_other = s.other_frame > -kInf;
   const float down_lead = has_lead ? lead_frame - s.lead_frame : 0.0f;
   const float down_other = has_other ? other_frame - s.other_frame : 0.0f;
   const float w_lead = exp2_approx(-down_lead), w_other = exp2_approx(-down_other);
   const float D = has_lead && has_other ? (down_other - down_lead) * kLn2 : 0.0f;
-  Sums to = s;
-  to.lead_frame = lead_frame;
-  to.other_frame = other_frame;
-  to.lead = w_lead * s.lead;
-  to.other = w_other * s.other;
-  to.cross = w_lead * fmaf(D, s.lead, s.cross);
+  const float lead = w_lead * s.lead, other = w_other * s.other;
+  const float cross = w_lead * fmaf(D, s.lead, s.cross);
   if (fabsf(D) < 0.25f) {
     const float phi = D * D * phi_series(D), minus_one = phi - D;  // exp(-D) - 1
-    to.difference = w_lead * fmaf(minus_one, s.other, s.difference);
-    to.excess = w_lead * (s.excess + fmaf(phi, s.lead, minus_one * s.difference));
+    s.excess = w_lead * (s.excess + fmaf(phi, s.lead, minus_one * s.difference));
+    s.difference = w_lead * fmaf(minus_one, s.other, s.difference);
   } else {
-    to.difference = to.other - to.lead;
-    to.excess = to.cross + to.difference;
+    s.difference = other - lead;
+    s.excess = cross + s.difference;
   }
-  to.lead_moved = w_lead * fmaf(smaller_square(D), s.lead, s.lead_moved);
-  to.other_moved = w_other * fmaf(smaller_square(D), s.other, s.other_moved);
-  return to;
+  s.lead_moved = w_lead * fmaf(smaller_square(D), s.lead, s.lead_moved);
+  s.other_moved = w_other * fmaf(smaller_square(D), s.other, s.other_moved);
+  s.lead = lead;
+  s.other = other;
+  s.cross = cross;
+  const float down_hard = s.hard_frame > -kInf ? hard_frame - s.hard_frame : 0.0f;
+  s.hard *= exp2_approx(-down_hard);
 }
 
-// The sum of `count` parts in the frames of their maxima, by one warp; every lane returns it. The
-// order of the sum is fixed.
-template <class Part>
-__device__ inline Sums combine(int count, const Part& part) {
+// The sum of `count` parts, in the frames of their maxima, to `sum`; all of it in shared memory. By
+// one warp, in a fixed order. Loops, not shuffles: unrolled they were a quarter of a kernel.
+__device__ inline void combine(Sums* parts, int count, Sums& sum) {
   float lead_frame = -kInf, other_frame = -kInf, hard_frame = -kInf;
-  for (int i = lane(); i < count; i += kLanes) {
-    const Sums s = part(i);
-    lead_frame = fmaxf(lead_frame, s.lead_frame);
-    other_frame = fmaxf(other_frame, s.other_frame);
-    hard_frame = fmaxf(hard_frame, s.hard_frame);
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    lead_frame = fmaxf(lead_frame, parts[i].lead_frame);
+    other_frame = fmaxf(other_frame, parts[i].other_frame);
+    hard_frame = fmaxf(hard_frame, parts[i].hard_frame);
   }
-  Sums sum;
-  sum.lead_frame = warp_max(lead_frame);
-  sum.other_frame = warp_max(other_frame);
-  sum.hard_frame = warp_max(hard_frame);
-  for (int i = lane(); i < count; i += kLanes) {
-    const Sums raw = part(i);
-    const Sums s = moved(raw, sum.lead_frame, sum.other_frame);
-    sum.lead += s.lead;
-    sum.other += s.other;
-    sum.difference += s.difference;
-    sum.excess += s.excess;
-    sum.cross += s.cross;
-    sum.lead_moved += s.lead_moved;
-    sum.other_moved += s.other_moved;
-    const float down = raw.hard_frame > -kInf ? sum.hard_frame - raw.hard_frame : 0.0f;
-    sum.hard += exp2_approx(-down) * raw.hard;
-    sum.label += raw.label;
-    sum.forbidden += raw.forbidden;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane(); i < count; i += kLanes) move(parts[i], lead_frame, other_frame, hard_frame);
+  __syncwarp();
+  // A lane for each field.
+  if (lane() >= Sums::kFrames && lane() < Sums::kFields) {
+    float total = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) total += parts[i].fields()[lane()];
+    sum.fields()[lane()] = total;
   }
-  sum.lead = warp_sum(sum.lead);
-  sum.other = warp_sum(sum.other);
-  sum.difference = warp_sum(sum.difference);
-  sum.excess = warp_sum(sum.excess);
-  sum.cross = warp_sum(sum.cross);
-  sum.lead_moved = warp_sum(sum.lead_moved);
-  sum.other_moved = warp_sum(sum.other_moved);
-  sum.hard = warp_sum(sum.hard);
-  sum.label = warp_sum(sum.label);
-  sum.forbidden = warp_sum(sum.forbidden);
-  return sum;
+  if (lane() == 0) {
+    sum.lead_frame = lead_frame;
+    sum.other_frame = other_frame;
+    sum.hard_frame = hard_frame;
+  }
+  __syncwarp();
 }
 
 struct Divergence {

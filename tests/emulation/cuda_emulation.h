@@ -89,6 +89,7 @@ inline float approximate(float exact, float argument) {
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define FASTKD_NOINLINE __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 

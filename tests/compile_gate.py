@@ -1,0 +1,284 @@
+"""What the compiler made of the CUDA kernels: registers, spills, and figures from the machine code.
+
+python tests/compile_gate.py --update     measure, and write the table tests/compile_gate.json
+
+Instructions are told apart by the source lines they come from (-lineinfo changes no code), inlined
+functions included. The machine code is read by nvdisasm, of the triton package or of the toolkit.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+TABLE = Path(__file__).with_suffix(".json")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+FLAGS = ("-cubin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v")
+REGISTERS_PER_SM = 65536
+
+Figures = dict[str, float]
+
+
+def nvcc() -> str | None:
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(home) if home.exists() else shutil.which("nvcc")
+
+
+def nvdisasm() -> str | None:
+    triton = find_spec("triton")
+    places = [Path(p) / "backends/nvidia/bin" for p in triton.submodule_search_locations or ()] \
+        if triton else []  # fmt: skip
+    compiler = nvcc()
+    if compiler:
+        places.append(Path(compiler).parent)
+    found = [str(place / "nvdisasm") for place in places if (place / "nvdisasm").exists()]
+    return found[0] if found else shutil.which("nvdisasm")
+
+
+def release(tool: str) -> str:
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release ([\d.]+)", text)[0]
+
+
+class Binary(NamedTuple):
+    """One source compiled for one target."""
+
+    target: str
+    report: str  # of ptxas -v
+    code: str  # of nvdisasm, "" without it
+
+
+def compile_for(source: Path, target: str) -> Binary:
+    """From the cache under the user's, where the same sources were compiled before."""
+    compiler, disassembler = nvcc(), nvdisasm()
+    assert compiler is not None
+    key = hashlib.sha256(repr((FLAGS, release(compiler), target, source.name)).encode())
+    for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "rows.h"}):
+        key.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd-gate"
+    folder = cache / key.hexdigest()[:16]
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            cubin = Path(scratch) / "cubin"
+            command = [compiler, *FLAGS, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            (Path(scratch) / "report").write_text(done.stdout + done.stderr)
+            Path(scratch).chmod(0o755)
+            try:
+                Path(scratch).rename(folder)
+            except OSError:
+                pass  # another process was first
+            Path(scratch).mkdir(exist_ok=True)  # for the context to remove
+    code = ""
+    if disassembler:
+        command = [disassembler, "-c", "-gi", folder / "cubin"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Binary(target, (folder / "report").read_text(), code)
+
+
+def resources(report: str) -> dict[str, Figures]:
+    """Per kernel, by its mangled name, what ptxas -v says, the functions it calls included."""
+    found: dict[str, Figures] = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        memory = [
+            [int(number) for number in numbers]
+            for numbers in re.findall(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+            )
+        ]
+        found[part.partition("'")[0]] = {
+            "registers": int(re.findall(r"Used (\d+) registers", part)[0]),
+            "spill_bytes": sum(stores + loads for _, stores, loads in memory),
+            "stack_bytes": sum(stack for stack, _, _ in memory),
+        }
+    return found
+
+
+class Instruction(NamedTuple):
+    opcode: str  # with its modifiers: LDG.E.128.STRONG.GPU
+    lines: tuple[tuple[str, int], ...]  # (file, line), innermost first
+
+
+def instructions(code: str) -> dict[str, list[Instruction]]:
+    """Per kernel, by its mangled name."""
+    found: dict[str, list[Instruction]] = {}
+    lines: list[tuple[str, int]] = []
+    fresh = True
+    kernel: list[Instruction] = []
+    for line in code.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.([^,]+),", line):
+            kernel = found.setdefault(section[1], [])
+        elif origin := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
+            if fresh:
+                lines = []
+            fresh = False
+            lines.append((Path(origin[1]).name, int(origin[2])))
+        elif opcode := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            fresh = True
+            kernel.append(Instruction(opcode[1], tuple(lines)))
+    return found
+
+
+def function_lines(path: Path, name: str) -> range:
+    """The lines of the device function `name`."""
+    text = path.read_text()
+    head = re.search(rf"__device__[^;{{}}]*\b{name}\([^;{{}}]*\{{", text)
+    assert head is not None, f"{path.name} has no device function {name}"
+    depth, end = 1, head.end()
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return range(text.count("\n", 0, head.start()) + 1, text.count("\n", 0, end) + 2)
+
+
+class Part:
+    """The instructions that come from one function and from what it inlines; or all of them."""
+
+    def __init__(self, code: list[Instruction], file: str = "", function: str = "") -> None:
+        self.code = code
+        if function:
+            lines = function_lines(KERNELS / file, function)
+            self.code = [i for i in code if any(f == file and n in lines for f, n in i.lines)]
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i.opcode) is not None for i in self.code)
+
+    def wide(self, access: str) -> int:
+        return self.count(rf"{access}\b.*\.128\b")
+
+
+def constant(name: str, file: str) -> int:
+    text = (KERNELS / file).read_text()
+    return int(re.findall(rf"constexpr int {name} = (\d+);", text)[0])
+
+
+EXPONENTIAL = r"MUFU\.EX2"
+LOCAL = r"(LDL|STL)\b"
+
+
+def core(code: list[Instruction]) -> Figures:
+    """The core that keeps a slice in registers: its code is straight, a thread's pairs unrolled."""
+    pairs = constant("kVectors", "configuration.h") * constant("kPerLane", "columns.h")
+    file = "registers.h"
+    every = Part(code, file, "run")
+    load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
+    sums = Part(code, file, "sum_soft")
+    aside = [Part(code, file, f).count(EXPONENTIAL) for f in ("sum_hard", "write_gradient", "mix")]
+    return {
+        "local_accesses": every.count(LOCAL),
+        "loads_of_128_bits": load.wide("LDG"),
+        "stores_of_128_bits": gradient.wide("STG"),
+        "exponentials_per_pair": (every.count(EXPONENTIAL) - sum(aside)) / pairs,
+        "instructions_per_pair_of_the_sums": round(len(sums.code) / pairs, 2),
+        "reread_loads_of_128_bits": Part(code, "reread.h", "each_step").wide("LDG"),
+        "reread_stores_of_128_bits": Part(code, "reread.h", "write_gradient").wide("STG"),
+    }
+
+
+def variant(name: str) -> str | None:
+    """A kernel's name in the table, from its mangled one."""
+    found = re.search(r"\d(kd_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets).*?ModeE(\d))?", name)
+    if found is None:
+        return None
+    mode = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
+    return " ".join(part for part in (found[1], found[2], mode) if part)
+
+
+def empty(code: list[Instruction]) -> bool:
+    """Whether a kernel does nothing: one with clusters on a GPU that has none."""
+    return bool(code) and not any(i.opcode.startswith(("LDG", "STG")) for i in code)
+
+
+def figures(binary: Binary) -> dict[str, Figures]:
+    """Per variant; without nvdisasm only what ptxas says."""
+    code = instructions(binary.code)
+    found = {}
+    for mangled, resource in resources(binary.report).items():
+        name = variant(mangled)
+        assert name is not None, f"a kernel the table knows no name for: {mangled}"
+        kernel = code.get(mangled, [])
+        if empty(kernel):
+            continue
+        found[name] = dict(resource)
+        if kernel:
+            found[name]["instructions"] = len(kernel)
+        if kernel and name.startswith("kd_rows"):
+            found[name] |= core(kernel)
+        elif kernel:
+            every = Part(kernel)
+            found[name] |= {
+                "local_accesses": every.count(LOCAL),
+                "loads_of_128_bits": every.wide("LDG"),
+                "stores_of_128_bits": every.wide("STG"),
+            }
+    return found
+
+
+def problems(name: str, of: Figures) -> Iterator[str]:
+    """What a variant does that no budget allows."""
+    threads = constant("kMaxThreads", "kd_rows.cu")
+    blocks = int(re.findall(r"__launch_bounds__\(kMaxThreads, (\d+)\)",
+                            (KERNELS / "kd_rows.cu").read_text())[0])  # fmt: skip
+    limit = REGISTERS_PER_SM // (threads * blocks)
+    if of["registers"] > limit:
+        yield f"{name}: {of['registers']} registers, {blocks} CTAs of {threads} allow {limit}"
+    for what in ("spill_bytes", "stack_bytes", "local_accesses"):
+        if of.get(what, 0):
+            yield f"{name}: {what} is {of[what]}, not 0"
+    vectors = constant("kVectors", "configuration.h") if name.startswith("kd_rows") else 1
+    at_least = {
+        # 16 bytes of a 16-bit dtype and twice 16 of float32; of both rows, where there are two.
+        "loads_of_128_bits": (4 if vectors > 1 else 2) * vectors,
+        "stores_of_128_bits": 2 * vectors,
+        "reread_loads_of_128_bits": 4,
+        "reread_stores_of_128_bits": 2,
+    }
+    for what, least in at_least.items():
+        if of.get(what, least) < least:
+            yield f"{name}: {what} is {of[what]}, not {least} or more"
+    if of.get("exponentials_per_pair", 0) > 2.3:
+        yield f"{name}: {of['exponentials_per_pair']} exponentials per pair, at most 2.3"
+
+
+def measure() -> dict[str, Any]:
+    """The whole table."""
+    compiler, disassembler = nvcc(), nvdisasm()
+    assert compiler is not None
+    sources = sorted(KERNELS.glob("*.cu"))
+    jobs = [(source, target) for target in TARGETS for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        binaries = list(pool.map(lambda job: compile_for(*job), jobs))
+    table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}
+    for binary in binaries:
+        table[binary.target] |= figures(binary)
+    return {
+        "nvcc": release(compiler),
+        "nvdisasm": release(disassembler) if disassembler else None,
+        "targets": table,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"] or nvcc() is None or nvdisasm() is None:
+        sys.exit(f"{__doc__}\nnvcc: {nvcc()}, nvdisasm: {nvdisasm()}")
+    measured = measure()
+    TABLE.write_text(json.dumps(measured, indent=1) + "\n")
+    over = [f"{target}: {problem}" for target, kernels in measured["targets"].items()
+            for name, of in kernels.items() for problem in problems(name, of)]  # fmt: skip
+    count = Counter(len(kernels) for kernels in measured["targets"].values())
+    print(f"written to {TABLE.relative_to(ROOT)}: {dict(count)} kernels per target")
+    sys.exit("\n".join(over))
