@@ -140,7 +140,7 @@ def check_labels(
     flat = check_rows("labels", labels, student).to(torch.int64)
     if on_host(flat) and flat.numel():
         low, high = flat.aminmax()
-        if low < 0 or high >= vocab_size:  # perhaps only by ignore_index
+        if low.item() < 0 or high.item() >= vocab_size:  # perhaps only by ignore_index
             bad = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
             if bad.any():
                 raise ValueError(

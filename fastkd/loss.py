@@ -33,15 +33,20 @@ class KDLossOutput(NamedTuple):
     hard: Tensor | None
 
 
+def _filled(value: float, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Inductor keeps an earlier value of a fill that has become symbolic.
+        return torch.ones(N, dtype=dtype, device=device) * value
+    return torch.full((N,), value, dtype=dtype, device=device)
+
+
 def _inverse_and_square(
     temperature: float | Tensor, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float | Tensor]:
     """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
     if not isinstance(temperature, Tensor):
         N = logits.shape[:-1].numel()
-        # Not torch.full: Inductor keeps an earlier value of a fill that has become symbolic.
-        inverse = torch.ones(N, dtype=dtype, device=logits.device) / temperature
-        return inverse, temperature * temperature
+        return _filled(1 / temperature, N, dtype, logits.device), temperature * temperature
     temperature = temperature.detach().to(dtype)
     usable = (temperature > 0) & (temperature < torch.inf)
     return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
@@ -69,14 +74,15 @@ def _row_scales(
             if isinstance(num_items, Tensor):  # of any shape: it must not add dimensions to rows
                 divisor = num_items.detach().to(like.dtype).reshape(())
         elif counting is not None:
-            divisor = counting.sum().clamp_min(1).to(like.dtype)
+            divisor = counting.sum().clamp_min(1)
         else:
             divisor = max(like.shape[0], 1)
     weights = counting if token_weights is None else token_weights.detach()
     if weights is None and not isinstance(divisor, Tensor):
         if isinstance(squared_temperature, Tensor):
             return squared_temperature / divisor, None
-        return torch.ones_like(like) * (squared_temperature / divisor), None
+        scale = squared_temperature / divisor
+        return _filled(scale, like.shape[0], like.dtype, like.device), None
     hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
     if counting is not None and token_weights is not None:
         hard = torch.where(counting, hard, 0)

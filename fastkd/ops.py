@@ -229,13 +229,10 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     alpha, soft_scale, hard_scale = request.alpha, request.soft_scale, request.hard_scale
     soft_weight = soft_scale if soft_scale is None or alpha == 1 else soft_scale * alpha
     hard_weight = hard_scale if hard_scale is None or alpha == 0 else hard_scale * (1 - alpha)
-    scale = None
+    scale, weights = None, [soft_weight, hard_weight]
     if dstudent is not None and dstudent.dtype == torch.float16:
-        scale = _float16_scale(
-            request.student_inv_temperature, soft_weight, hard_weight, request.beta
-        )
-        soft_weight = None if soft_weight is None else soft_weight * scale
-        hard_weight = None if hard_weight is None else hard_weight * scale
+        scale = _float16_scale(request.student_inv_temperature, *weights, request.beta)
+        weights = [None if weight is None else weight * scale for weight in weights]
     student_rows = as_rows(student)
     dstudent_rows = None
     if dstudent is not None:
@@ -246,8 +243,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
         request.labels,
         request.student_inv_temperature,
         request.teacher_inv_temperature,
-        soft_weight,
-        hard_weight,
+        *weights,
         dstudent_rows,
         request.keep,
         request.vocab_size,
@@ -257,26 +253,28 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
         student.copy_(dstudent_rows.view_as(student))
 
-    def reduce(rows: Tensor, scale: Tensor | None) -> Tensor | None:
-        if scale is None:
-            return None
-        rows = rows * scale
+    def reduce(rows: Tensor) -> Tensor:
         if request.per_row:
             return rows.view(student.shape[:-1])
         if rows.shape[0] <= _SERIAL_SUM:
             return rows.sum()
         return torch.stack([part.sum() for part in rows.split(_SERIAL_SUM)]).sum()
 
-    soft_term, hard_term = reduce(soft, soft_scale), reduce(hard, hard_scale)
     # A term of weight 0 stays out of the sum: 0 times an infinite term would be NaN.
-    if hard_term is None or alpha == 1:
-        loss = soft_term
-    elif soft_term is None or alpha == 0:
-        loss = hard_term
+    if hard_weight is None or alpha == 1:
+        assert soft_weight is not None, "alpha has weight on a term that was not asked for"
+        loss = soft * soft_weight
+    elif soft_weight is None or alpha == 0:
+        loss = hard * hard_weight
     else:
-        loss = alpha * soft_term + (1 - alpha) * hard_term
-    assert loss is not None, "alpha has weight on a term that was not asked for"
-    return (loss, soft_term, hard_term), scale
+        loss = torch.addcmul(soft * soft_weight, hard, hard_weight)
+    if not request.terms:
+        return (reduce(loss), None, None), scale
+    soft_term, hard_term = (
+        None if weight is None else reduce(rows * weight)
+        for rows, weight in ((soft, soft_scale), (hard, hard_scale))
+    )
+    return (reduce(loss), soft_term, hard_term), scale
 
 
 def _keeps_graph() -> bool:
@@ -314,10 +312,8 @@ class _KDTerms(torch.autograd.Function):
         ctx.inplace, ctx.per_row, ctx.ops = request.inplace, request.per_row, request.ops
         ctx.spent = False
         ctx.set_materialize_grads(False)
-        if not request.terms:
-            return loss, None, None
-        soft, hard = (term.clone() if term is loss else term for term in (soft, hard))
-        ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
+        if request.terms:
+            ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
         return loss, soft, hard
 
     @staticmethod
@@ -360,7 +356,4 @@ def kd_terms(student: Tensor, request: Request) -> Terms:
     """The loss and its terms, reduced, with a graph where the student needs a gradient."""
     if student.requires_grad and torch.is_grad_enabled():
         return _KDTerms.apply(student, request)
-    loss, soft, hard = _run(student, request, None)[0]
-    if request.terms:  # as separate from the loss as with a graph
-        loss = loss.clone()
-    return loss, soft, hard
+    return _run(student, request, None)[0]

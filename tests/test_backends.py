@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import BETAS, DTYPES, check, normal, pair, run, some_labels
+from conftest import BETAS, DTYPES, INF, check, normal, pair, run, some_labels
 
 from fastkd import kd_loss
 
@@ -115,13 +115,21 @@ def test_options(kernel, options, inplace):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 63, 64, 65, 500, 2500, 4999, 5000])
 def test_selection_in_long_rows(kernel, k):
-    """Rows long enough to be sampled: normal, with ties by rounding, sorted, and of two values."""
-    base = normal(5, 5000)
+    """Rows long enough to be sampled: normal, with ties by rounding, sorted, of two values, of one;
+    of sizes from 1e-30 to 1000; half and nearly all -inf; and such as mislead the cpu's sample."""
+    base = normal(11, 5000)
     base[1] = base[1].round()
     base[2] = base[2].sort().values
     base[3] = (base[3] > 0).float()
     base[4] = 0
-    student = normal(5, 5000, seed=3)
+    base[5] = base[5].sign() * torch.logspace(-30, 3, 5000).roll(1234)
+    base[6, normal(5000, seed=7) > 0] = -INF
+    base[7, 5:4990] = -INF
+    sampled = torch.arange(256)
+    sampled = sampled * 19 + sampled * 7 % 19
+    for row, value in ((8, 50.0), (9, -50.0), (10, -INF)):
+        base[row, sampled] = value
+    student = normal(11, 5000, seed=3)
     for dtype in NARROW:
         check(kernel, student.to(dtype), base.to(dtype), top_k=k, temperature=2.0)
 

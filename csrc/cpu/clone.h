@@ -20,7 +20,14 @@ template <class T>
 void kd_rows_of(const KdRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(call.vocab_size);
-  for (int64_t row; (row = next++) < call.N;) Row<T>(call, work, row).run();
+  // A row is taken while the one before is computed, so that its first logits can be read early;
+  // not near the end, where a thread would be left without one.
+  constexpr int64_t kLast = 16;
+  for (int64_t row = next++, after; row < call.N; row = after) {
+    after = row + kLast < call.N ? next++ : call.N;
+    Row<T>(call, work, row, std::min(after, call.N - 1)).run();
+    if (after == call.N) after = next++;
+  }
 }
 
 template <class T, class Stored>

@@ -46,13 +46,54 @@ enum class Keep {
   kReverse,  // a = e_lead, b = e_lead x
 };
 
-// Where the logits of later columns lie, as they are stored: touched early, for the hardware's own
-// prefetch ends with every page, which is every chunk.
+// Where the logits lie that are needed later, as they are stored: touched early, for the hardware's
+// own prefetch ends with every page, which is every chunk.
 struct Ahead {
-  uintptr_t lead = 0, other = 0;            // of the column kAhead after the chunk's first
+  uintptr_t lead = 0, other = 0;            // of the first column that is to be touched
   int64_t lead_bytes = 0, other_bytes = 0;  // per column
+
+  FASTKD_INLINE void touch(int64_t column) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(lead + column * lead_bytes), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(other + column * other_bytes), 0, 2);
+  }
 };
 constexpr int64_t kAhead = 512;  // columns: what is computed in the time of a read from memory
+
+// The loops below keep a sum for every lane of a cache line of columns, whatever the width of the
+// vectors: so their rounding errors stay small, and nearly the same for every instruction set.
+template <class T>
+constexpr int kLanes = 64 / sizeof(T);
+
+// Calls line(i) before each whole line of columns, and column(i, lane) for every one of n.
+template <int kLanes, class Line, class Column>
+FASTKD_INLINE void each_column(int64_t n, const Line& line, const Column& column) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    line(i);
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) column(i + lane, lane);
+  }
+  for (int lane = 0; i < n; ++i, ++lane) column(i, lane);
+}
+template <int kLanes, class Column>
+FASTKD_INLINE void each_column(int64_t n, const Column& column) {
+  each_column<kLanes>(n, [](int64_t) {}, column);
+}
+
+template <int kLanes, class T>
+FASTKD_INLINE T sum_of(const T (&lanes)[kLanes]) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+template <int kLanes, class T>
+FASTKD_INLINE T max_of(const T (&lanes)[kLanes]) {
+  T max = lanes[0];
+#pragma omp simd reduction(max : max)
+  for (int lane = 0; lane < kLanes; ++lane) max = max < lanes[lane] ? lanes[lane] : max;
+  return max;
+}
 
 // One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
 // they do not, a sum comes out infinite or NaN and the caller comes again by
@@ -63,8 +104,8 @@ constexpr int64_t kAhead = 512;  // columns: what is computed in the time of a r
 // formed apart and subtracted would keep none of the digits a converged student is about. That
 // needs an e_lead that does not underflow: it is held at 2^-126, the smallest there is but 0.
 //
-// A cache line of columns at a time, with a sum for every one of its lanes, so that the prefetches
-// lie between them: as many together would keep the core waiting (1.4 times the time of the call).
+// The prefetches lie between the lines: as many together would keep the core waiting (1.4 times the
+// time of the call).
 //
 // kPruned: classes whose teacher is below `threshold` do not exist; nothing of them is kept.
 template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kDirect, class T>
@@ -76,25 +117,25 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
   constexpr T kLowest = Level<T>::kLowest;
   const T lowest = frame.lead + kLowest / scale_lead;
   const T shift = frame.lead - frame.other;
-  constexpr int kLanes = 64 / sizeof(T);
-  T lane_lead[kLanes] = {}, lane_other[kLanes] = {}, lane_difference[kLanes] = {},
-    lane_excess[kLanes] = {}, lane_cross[kLanes] = {}, lane_probe[kLanes] = {};
-  T lane_min_lead[kLanes], lane_min_other[kLanes];
-  LevelType lane_level_lead[kLanes], lane_level_ratio[kLanes];
+  constexpr int kLanes = cpu::FASTKD_ISA::kLanes<T>;
+  T lead_sums[kLanes] = {}, other_sums[kLanes] = {}, differences[kLanes] = {},
+    excesses[kLanes] = {}, crosses[kLanes] = {}, probes[kLanes] = {};
+  T depths_lead[kLanes], depths_other[kLanes];  // minus the smallest logit
+  LevelType levels_lead[kLanes], levels_ratio[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    lane_min_lead[lane] = lane_min_other[lane] = kInf<T>;
-    lane_level_lead[lane] = lane_level_ratio[lane] = Level<T>::kZero;
+    depths_lead[lane] = depths_other[lane] = -kInf<T>;
+    levels_lead[lane] = levels_ratio[lane] = Level<T>::kZero;
   }
   const auto column = [&](int64_t i, int lane) __attribute__((always_inline)) {
     T l = lead[i], o = other[i];
     const bool keep = !kPruned || (kTeacherLeads ? l : o) >= threshold;
     if constexpr (kPruned) {
-      lane_probe[lane] += (kTeacherLeads ? o : l) * T(0);
+      probes[lane] += (kTeacherLeads ? o : l) * T(0);
       l = keep ? l : frame.lead;
       o = keep ? o : frame.other;
     }
-    lane_min_lead[lane] = l < lane_min_lead[lane] ? l : lane_min_lead[lane];
-    lane_min_other[lane] = o < lane_min_other[lane] ? o : lane_min_other[lane];
+    depths_lead[lane] = depths_lead[lane] < -l ? -l : depths_lead[lane];
+    depths_other[lane] = depths_other[lane] < -o ? -o : depths_other[lane];
     if constexpr (kDirect) l = l < lowest ? lowest : l;
     T u_lead = (l - frame.lead) * scale_lead;
     if constexpr (!kDirect) u_lead = u_lead < kLowest ? kLowest : u_lead;
@@ -102,16 +143,16 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
     const Exponential<T> exponential = exp2_normal(u_lead);
     const T e_lead = keep ? exponential.value : T(0);
     const Ratio<T> to_other = ratio(y);
-    LevelType& level_lead = lane_level_lead[lane];
-    LevelType& level_ratio = lane_level_ratio[lane];
+    LevelType& level_lead = levels_lead[lane];
+    LevelType& level_ratio = levels_ratio[lane];
     level_lead = level_lead < exponential.level ? exponential.level : level_lead;
     level_ratio = level_ratio < to_other.level ? to_other.level : level_ratio;
     const T difference = e_lead * to_other.minus_one;
-    lane_lead[lane] += e_lead;
-    lane_other[lane] += e_lead * to_other.exp2;  // the sum with `difference` would cancel
-    lane_difference[lane] += difference;
-    lane_excess[lane] += e_lead * to_other.phi;
-    lane_cross[lane] += e_lead * y;
+    lead_sums[lane] += e_lead;
+    other_sums[lane] += e_lead * to_other.exp2;  // the sum with `difference` would cancel
+    differences[lane] += difference;
+    excesses[lane] += e_lead * to_other.phi;
+    crosses[lane] += e_lead * y;
     if constexpr (kKeep != Keep::kNothing) {
       // Beside a large x even 2^-126 would show: there it is 0.
       const bool gone = kKeep == Keep::kReverse && (kDirect ? l <= lowest : u_lead <= kLowest);
@@ -120,43 +161,27 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
       b[i] = kKeep == Keep::kReverse ? kept * (y * -kLn2<T>) : difference;
     }
   };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead.lead + i * ahead.lead_bytes), 0, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead.other + i * ahead.other_bytes), 0, 2);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) column(i + lane, lane);
-  }
-  for (int lane = 0; i < n; ++i, ++lane) column(i, lane);
-
-  T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, probe = 0;
-  T min_lead = kInf<T>, min_other = kInf<T>;
-  LevelType level_lead = Level<T>::kZero, level_ratio = Level<T>::kZero;
-#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, probe) \
-    reduction(max : level_lead, level_ratio) reduction(min : min_lead, min_other)
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sum_lead += lane_lead[lane];
-    sum_other += lane_other[lane];
-    sum_difference += lane_difference[lane];
-    sum_excess += lane_excess[lane];
-    sum_cross += lane_cross[lane];
-    probe += lane_probe[lane];
-    min_lead = lane_min_lead[lane] < min_lead ? lane_min_lead[lane] : min_lead;
-    min_other = lane_min_other[lane] < min_other ? lane_min_other[lane] : min_other;
-    level_lead = level_lead < lane_level_lead[lane] ? lane_level_lead[lane] : level_lead;
-    level_ratio = level_ratio < lane_level_ratio[lane] ? lane_level_ratio[lane] : level_ratio;
-  }
+  each_column<kLanes>(n, [&](int64_t i) __attribute__((always_inline)) { ahead.touch(i); }, column);
+  T sum_lead = sum_of(lead_sums);
+  const T sum_other = sum_of(other_sums);
   // A logit at -inf has to come out exactly 0, not 2^-126; so has one so low that 2^-126 times x
   // would show.
   constexpr T kFar = 1e6;
-  if (!((frame.lead - min_lead) * scale_lead < kFar) ||
-      !((frame.other - min_other) * scale_other < kFar)) {
+  if (!((frame.lead + max_of(depths_lead)) * scale_lead < kFar) ||
+      !((frame.other + max_of(depths_other)) * scale_other < kFar)) {
     sum_lead = kNaN<T>;
   }
-  const bool too_high = level_lead - Level<T>::kZero > 35 ||
-                        level_ratio - Level<T>::kZero > -Level<T>::kLowest || sum_other > 0x1p50;
-  return {sum_lead, sum_other, sum_difference, sum_excess, sum_cross * -kLn2<T>,
-          probe,    false,     too_high};
+  const bool too_high = max_of(levels_lead) - Level<T>::kZero > 35 ||
+                        max_of(levels_ratio) - Level<T>::kZero > -Level<T>::kLowest ||
+                        sum_other > 0x1p50;
+  return {sum_lead,
+          sum_other,
+          sum_of(differences),
+          sum_of(excesses),
+          sum_of(crosses) * -kLn2<T>,
+          sum_of(probes),
+          false,
+          too_high};
 }
 
 template <class T>
@@ -174,10 +199,9 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
   constexpr T kHuge = std::numeric_limits<T>::max();
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   const T shift = frame.other - frame.lead;
-  T sum_lead = 0, sum_other = 0, sum_difference = 0, sum_excess = 0, sum_cross = 0, forbidden = 0;
-#pragma omp simd reduction(+ : sum_lead, sum_other, sum_difference, sum_excess, sum_cross, \
-                               forbidden)
-  for (int64_t i = 0; i < n; ++i) {
+  T lead_sums[kLanes<T>] = {}, other_sums[kLanes<T>] = {}, differences[kLanes<T>] = {},
+    excesses[kLanes<T>] = {}, crosses[kLanes<T>] = {}, forbidden[kLanes<T>] = {};
+  each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
     const T e_lead = exp2_flushed(u_lead), e_other = exp2_flushed(u_other);
@@ -186,19 +210,22 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
     const bool small = (x < 0 ? -x : x) < T(0.25);
     const Ratio<T> to_other = ratio(small ? x * -kLog2E<T> : T(0));
     const T difference = small ? e_lead * to_other.minus_one : e_other - e_lead;
-    sum_lead += e_lead;
-    sum_other += e_other;
-    sum_difference += difference;
-    sum_excess += small ? e_lead * to_other.phi : e_lead * x + difference;
-    sum_cross += e_lead * x;
-    forbidden += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
+    lead_sums[lane] += e_lead;
+    other_sums[lane] += e_other;
+    differences[lane] += difference;
+    excesses[lane] += small ? e_lead * to_other.phi : e_lead * x + difference;
+    crosses[lane] += e_lead * x;
+    forbidden[lane] += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
     if constexpr (kKeep != Keep::kNothing) {
       const bool absent = kKeep == Keep::kForward && o == -kInf<T>;
       a[i] = absent ? T(0) : e_lead;
       b[i] = absent ? T(0) : kKeep == Keep::kReverse ? e_lead * x : difference;
     }
-  }
-  return {sum_lead, sum_other, sum_difference, sum_excess, sum_cross, 0, forbidden > 0, false};
+  });
+  return {sum_of(lead_sums),     sum_of(other_sums),
+          sum_of(differences),   sum_of(excesses),
+          sum_of(crosses),       0,
+          sum_of(forbidden) > 0, false};
 }
 
 template <class T>
@@ -211,23 +238,18 @@ template <class T>
 FASTKD_LOOP Sum<T> exponential(const T* __restrict logits, int64_t n, T frame, T inverse,
                                T* __restrict e) {
   const T scale = inverse * kLog2E<T>;
-  T sum = 0, max = -kInf<T>;
-  if (e == nullptr) {
-#pragma omp simd reduction(+ : sum) reduction(max : max)
-    for (int64_t i = 0; i < n; ++i) {
-      max = max < logits[i] ? logits[i] : max;
-      sum += exp2_flushed((logits[i] - frame) * scale);
-    }
-  } else {
-#pragma omp simd reduction(+ : sum) reduction(max : max)
-    for (int64_t i = 0; i < n; ++i) {
-      max = max < logits[i] ? logits[i] : max;
+  T sums[kLanes<T>] = {}, maxima[kLanes<T>];
+  std::fill(maxima, maxima + kLanes<T>, -kInf<T>);
+  const auto run = [&]<bool kKeep>() __attribute__((always_inline)) {
+    each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
       const T value = exp2_flushed((logits[i] - frame) * scale);
-      sum += value;
-      e[i] = value;
-    }
-  }
-  return {sum, max};
+      maxima[lane] = maxima[lane] < logits[i] ? logits[i] : maxima[lane];
+      sums[lane] += value;
+      if constexpr (kKeep) e[i] = value;
+    });
+  };
+  e == nullptr ? run.template operator()<false>() : run.template operator()<true>();
+  return {sum_of(sums), max_of(maxima)};
 }
 
 template <class T>
@@ -259,6 +281,23 @@ FASTKD_LOOP bool has_nan(const T* values, int64_t n) {
   return nans != 0;
 }
 
+// NaN anywhere in a row as it is stored, and what lies ahead of it touched.
+template <class Stored>
+FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n, Ahead ahead) {
+  constexpr int64_t kBlock = 64 / sizeof(Stored);  // a cache line
+  int64_t i = 0;
+  int32_t nans = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    ahead.touch(i);
+    int32_t block = 0;
+#pragma omp simd reduction(+ : block)
+    for (int64_t j = 0; j < kBlock; ++j) block += is_nan(values[i + j]);
+    nans |= block;
+  }
+  for (; i < n; ++i) nans |= is_nan(values[i]);
+  return nans != 0;
+}
+
 // The mixture's two divergences, from a = e_teacher and b = e_student - e_teacher. With y = (q - p)
 // / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of excess(r) =
 // r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m).
@@ -273,20 +312,19 @@ FASTKD_LOOP Mixture<T> mixture(T* __restrict a, T* __restrict b, int64_t n, T be
                                T per_p, T difference_a) {
   // p = per_p a, q = per_q (a + b), q - p = per_q b + difference_a a
   constexpr T kTiny = std::numeric_limits<T>::min();
-  T from_teacher = 0, from_student = 0;
-#pragma omp simd reduction(+ : from_teacher, from_student)
-  for (int64_t i = 0; i < n; ++i) {
+  T from_teacher[kLanes<T>] = {}, from_student[kLanes<T>] = {};
+  each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T p = per_p * a[i], q = per_q * (a[i] + b[i]);
     const T m = beta * p + (1 - beta) * q;
     const T y = (per_q * b[i] + difference_a * a[i]) / (m > kTiny ? m : kTiny);
     const auto from_p = log_terms(-(1 - beta) * y);
     const auto from_q = log_terms(beta * y);
-    from_teacher += m * from_p.excess;
-    from_student += m * from_q.excess;
+    from_teacher[lane] += m * from_p.excess;
+    from_student[lane] += m * from_q.excess;
     a[i] = q;
     b[i] = q * from_q.log;
-  }
-  return {from_teacher, from_student};
+  });
+  return {sum_of(from_teacher), sum_of(from_student)};
 }
 
 // dstudent = ca a + cb b (+ ch h), in float32 (float64) and rounded once, at the store.

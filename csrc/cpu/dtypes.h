@@ -30,6 +30,11 @@ FASTKD_INLINE float load(Half value) {
   return from_bits((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | sign);
 }
 
+FASTKD_INLINE bool is_nan(float value) { return value != value; }
+FASTKD_INLINE bool is_nan(double value) { return value != value; }
+FASTKD_INLINE bool is_nan(BFloat16 value) { return (value.bits & 0x7fff) > 0x7f80; }
+FASTKD_INLINE bool is_nan(Half value) { return (value.bits & 0x7fff) > 0x7c00; }
+
 // Round to nearest, ties to even; NaN stays NaN.
 template <class To>
 FASTKD_INLINE To store(float value);

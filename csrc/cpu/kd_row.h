@@ -9,14 +9,15 @@ namespace fastkd::cpu::FASTKD_ISA {
 template <class T>
 class Row {
  public:
-  Row(const KdRows& call, Workspace<T>& work, int64_t row)
+  // `after`: the row that this thread is likely to compute next.
+  Row(const KdRows& call, Workspace<T>& work, int64_t row, int64_t after)
       : call_(call),
         work_(work),
         row_(row),
         vocab_(call.vocab_size),
         soft_weight_(call.soft_weight ? vector(call.soft_weight) : T(0)),
         hard_weight_(call.hard_weight ? vector(call.hard_weight) : T(0)),
-        soft_(call, work, row, soft_weight_),
+        soft_(call, work, row, after, soft_weight_),
         hard_(work, wants_gradient() && hard_weight_ != 0) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 && call.keep >= vocab_ &&
@@ -50,11 +51,13 @@ class Row {
       label_logit = *load_columns<T>(call_.student, row_, label(), 1, work_.scratch(0));
     }
     if (call_.soft_weight) soft_.prune();
-    for (int64_t begin = 0; begin < vocab_; begin += kChunk) {
+    const bool read_hard = call_.hard_weight && !share_;
+    const bool read_soft = call_.soft_weight && !soft_.classes();
+    for (int64_t begin = 0; begin < vocab_ && (read_hard || read_soft); begin += kChunk) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
-      if (call_.hard_weight && !share_) hard_.read(student, begin, n);
-      if (call_.soft_weight) soft_.read(student, begin, n);
+      if (read_hard) hard_.read(student, begin, n);
+      if (read_soft) soft_.read(student, begin, n);
     }
     if (call_.soft_weight) soft = soft_.finish();
     if (call_.hard_weight) {

@@ -11,6 +11,10 @@
 #include <memory>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../rows.h"
 
 namespace fastkd::cpu {

@@ -14,10 +14,11 @@ class SoftTerm {
     T a = 0, b = 0;
   };
 
-  SoftTerm(const KdRows& call, Workspace<T>& work, int64_t row, T weight)
+  SoftTerm(const KdRows& call, Workspace<T>& work, int64_t row, int64_t after, T weight)
       : call_(call),
         work_(work),
         row_(row),
+        after_(after),
         columns_(call.vocab_size),
         weight_(weight),
         student_inverse_(static_cast<const T*>(call.student_inv_temperature)[row]),
@@ -36,7 +37,7 @@ class SoftTerm {
   void prune() {
     if (call_.keep >= call_.vocab_size) return;
     teacher_ = load_columns<T>(call_.teacher, row_, 0, columns_, work_.teacher());
-    threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a());
+    threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a(), work_.b());
     if (std::isnan(threshold_)) {  // a NaN leaves the teacher without an order
       valid_ = false;
     } else if (!gather()) {
@@ -44,14 +45,14 @@ class SoftTerm {
     }
   }
 
-  // One chunk of the student's logits, in order.
+  // One chunk of the student's logits, in order; none where the classes kept were gathered.
   void read(const T* student, int64_t begin, int64_t n) {
     if (!valid_) return;
-    if (student_) {  // the classes kept have been gathered
-      valid_ = !has_nan(student, n);
-    } else {
-      read_first(student, load_teacher(begin, n), begin, n);
-    }
+    const T* teacher = load_teacher(begin, n);
+    if (begin == 0 && !masked_) sums_.frame = frame_of(student, teacher, n);
+    sums_.add(read_chunk(student, teacher, begin, n));
+    work_.soft_frames()[begin / kChunk] = sums_.frame;
+    balance(2);
   }
 
   // The unweighted divergence, NaN where a logit is NaN or a side has no finite one.
@@ -110,7 +111,20 @@ class SoftTerm {
     student_ = gather_columns<T>(call_.student, row_, classes, count, work_.kept_student());
     teacher_ = teacher;
     columns_ = count;
+    valid_ = !row_has_nan();
     return true;
+  }
+
+  // A NaN in the student's logits, of which this is then the only reading.
+  bool row_has_nan() const {
+    bool found = false;
+    dispatch(call_.student.dtype, [&](auto* stored) {
+      using Stored = std::remove_pointer_t<decltype(stored)>;
+      const auto* student =
+          static_cast<const Stored*>(call_.student.data) + call_.student.offset(row_);
+      found = has_nan_stored(student, call_.vocab_size, ahead(0));
+    });
+    return found;
   }
 
   // The others stay where they are and are passed over. The frame: the logits of both sides where
@@ -131,13 +145,6 @@ class SoftTerm {
   const T* load_teacher(int64_t begin, int64_t n) {
     return teacher_ ? teacher_ + begin
                     : load_columns<T>(call_.teacher, row_, begin, n, work_.scratch(1));
-  }
-
-  void read_first(const T* student, const T* teacher, int64_t begin, int64_t n) {
-    if (begin == 0 && !masked_) sums_.frame = frame_of(student, teacher, n);
-    sums_.add(read_chunk(student, teacher, begin, n));
-    work_.soft_frames()[begin / kChunk] = sums_.frame;
-    balance(2);
   }
 
   // e_other - e_lead is kept, q - p wanted: the two agree where both sums are alike, and where
@@ -235,13 +242,17 @@ class SoftTerm {
     return true;
   }
 
+  // The student's later columns, and the teacher's: of the next row where this one has been read.
+  Ahead ahead(int64_t begin) const {
+    return {teacher_ ? call_.teacher.address(after_, begin)
+                     : call_.teacher.address(row_, begin + kAhead),
+            call_.student.address(row_, begin + kAhead), call_.teacher.element_bytes(),
+            call_.student.element_bytes()};
+  }
+
   Sums<T> run_exponentials(const T* student, const T* teacher, int64_t begin, int64_t n) {
     T *a = work_.a() + begin, *b = work_.b() + begin;
-    const Rows& lead_rows = reverse_ ? call_.student : call_.teacher;
-    const Rows& other_rows = reverse_ ? call_.teacher : call_.student;
-    const Ahead ahead{lead_rows.address(row_, begin + kAhead),
-                      other_rows.address(row_, begin + kAhead), lead_rows.element_bytes(),
-                      other_rows.element_bytes()};
+    const Ahead ahead = this->ahead(begin);
     const auto run = [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>() {
       const T* lead = kTeacherLeads ? teacher : student;
       const T* other = kTeacherLeads ? student : teacher;
@@ -341,7 +352,7 @@ class SoftTerm {
 
   const KdRows& call_;
   Workspace<T>& work_;
-  const int64_t row_;
+  const int64_t row_, after_;
   int64_t columns_;
   const T weight_, student_inverse_;
   const bool reverse_, mixed_;
