@@ -8,7 +8,8 @@ import json
 import compile_gate as gate
 import pytest
 
-pytestmark = pytest.mark.gate
+# One worker of pytest-xdist compiles for all.
+pytestmark = [pytest.mark.gate, pytest.mark.xdist_group("compile")]
 needs_nvcc = pytest.mark.skipif(gate.nvcc() is None, reason="there is no nvcc")
 needs_nvdisasm = pytest.mark.skipif(
     gate.nvdisasm() is None, reason="there is no nvdisasm, neither of triton nor of a toolkit"
