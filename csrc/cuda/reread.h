@@ -108,7 +108,8 @@ class Reread {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         hard_max = fmaxf(hard_max, student[j]);
-        nan |= student[j] != student[j] || (row_.a.has_soft && teacher[j] != teacher[j]);
+        // A NaN of a pruned class is lost with it: it has to show in the sums.
+        nan |= row_.a.pruned && (student[j] != student[j] || teacher[j] != teacher[j]);
       }
       if (!row_.a.has_soft) return;
       prune(student, teacher);
@@ -288,7 +289,7 @@ class Reread {
   float student_frame_ = 0, teacher_frame_ = 0,
         hard_frame_ = 0;  // in units of the logits times 1/T
   float threshold_ = -kInf;
-  float poison_ = 0;  // NaN where a logit is
+  float poison_ = 0;  // NaN where a logit is, with pruning
   float per_p_ = 0, per_q_ = 0;
 };
 

@@ -6,6 +6,7 @@ The result is kept under the user's cache folder, named by a hash of all that go
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,8 @@ from fastkd import ops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-KERNELS = ("kd_rows.cu", "scale_rows.cu")
+KERNELS = (ROOT / "csrc" / "cuda" / "kd_rows.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
+EMULATION = (HERE / "cuda_emulation.cpp", HERE / "conversions.cpp")
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -39,10 +41,9 @@ def _sources() -> list[Path]:
     )
 
 
-def _flags(defines: tuple[str, ...]) -> list[str]:
+def _flags() -> list[str]:
     sanitize = os.environ.get("FASTKD_SANITIZE_EMULATION")
-    extra = [f"-fsanitize={sanitize}", *SANITIZERS] if sanitize else []
-    return [*FLAGS, *extra, *(f"-D{name}" for name in defines)]
+    return [*FLAGS, *([f"-fsanitize={sanitize}", *SANITIZERS] if sanitize else [])]
 
 
 def _processor() -> str:
@@ -73,9 +74,16 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
-def _compile(source: Path, output: Path, flags: list[str], *more: str) -> None:
-    kernel = ["-include", "cuda_emulation.h", "-x", "c++"] if source.suffix == ".cu" else []
-    _run(["g++", *flags, f"-I{HERE}", *more, *kernel, "-c", str(source), "-o", str(output)])
+def _link(folder: Path, sources: list[Path], flags: list[str], *link: str) -> None:
+    def compile(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        kernel = ["-include", "cuda_emulation.h", "-x", "c++"] if source.suffix == ".cu" else []
+        _run(["g++", *flags, f"-I{HERE}", *kernel, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile, sources))
+    _run(["g++", *flags, *objects, *link, "-o", str(folder / "output")])
 
 
 def backends() -> list[str]:
@@ -93,25 +101,36 @@ def backends() -> list[str]:
 
 def _load_ops() -> None:
     """Registers the kernels of fastkd::kd_rows and fastkd::scale_rows_ of these backends."""
-    flags = _flags(())
+    flags = _flags()
 
     def build(folder: Path) -> Path:
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
         includes.append(f"-I{sysconfig.get_paths()['include']}")
-        sources = [ROOT / "csrc" / "cuda" / name for name in KERNELS]
-        sources += [HERE / "cuda_emulation.cpp", HERE / "conversions.cpp", HERE / "ops.cpp"]
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor(2) as pool:
-            jobs = [
-                pool.submit(_compile, s, o, flags, *includes)
-                for s, o in zip(sources, objects, strict=True)
-            ]
-            for job in jobs:
-                job.result()
-        library = folder / "ops.so"
+        sources = [*KERNELS, *EMULATION, HERE / "ops.cpp"]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _run(["g++", *flags, "-shared", *map(str, objects), *libraries, "-Wl,--no-as-needed",
-              "-ltorch", "-o", str(library)])  # fmt: skip
-        return library
+        _link(folder, sources, [*flags, *includes], "-shared", *libraries,
+              "-Wl,--no-as-needed,-ltorch")  # fmt: skip
+        return folder / "output"
 
     torch.ops.load_library(_cached("ops", flags, build))
+
+
+def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
+    """The executable of `name`.cpp; `fault`: a file of csrc/cuda, and in it one text for another."""
+    flags = [*_flags(), "-O1"]
+    kernels = KERNELS[:1] if name == "driver" else ()
+
+    def build(folder: Path) -> Path:
+        copy = folder / "csrc"
+        shutil.copytree(ROOT / "csrc", copy)
+        if fault is not None:
+            path, text, instead = copy / "cuda" / fault[0], fault[1], fault[2]
+            source = path.read_text()
+            assert source.count(text) == 1, f"{fault[0]} has {source.count(text)} times: {text}"
+            path.write_text(source.replace(text, instead))
+        sources = [copy / "cuda" / kernel.name for kernel in kernels]
+        sources += [*EMULATION, HERE / f"{name}.cpp"]
+        _link(folder, sources, flags)
+        return folder / "output"
+
+    return _cached(name, [*flags, repr(fault)], build)

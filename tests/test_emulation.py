@@ -1,0 +1,131 @@
+"""The emulation of CUDA can fail: mistakes in small kernels and in the real ones are each caught.
+
+And what it shows of the real kernels depends on no schedule: threads forward, backward, at random.
+"""
+
+import functools
+import re
+import subprocess
+
+import pytest
+from emulation import build
+
+SCHEDULES = ("0", "1", "2", "3", "4")  # forward, reverse, and seeds of random ones
+CLUSTERS, TICKETS = "0", "1"
+
+
+def output(program, *arguments: str) -> str:
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    return result.stdout if result.returncode == 0 else f"ended by {result.returncode}"
+
+
+@functools.cache
+def rows(layout: str, schedule: str, fault: tuple[str, str, str] | None = None) -> str:
+    """What driver.cpp prints: a line for each case, with a hash of all bits that came out."""
+    return output(build.program("driver", fault), schedule, layout, "16")
+
+
+def test_every_schedule_and_layout_gives_the_same_bits():
+    expected = rows(CLUSTERS, "0")
+    assert expected.count("soft") == 3
+    for layout in (CLUSTERS, TICKETS):
+        for schedule in SCHEDULES:
+            assert rows(layout, schedule) == expected
+    # Places for the CTAs of one row only: each row has to leave before the next can begin.
+    assert output(build.program("driver"), "1", TICKETS, "3") == expected
+
+
+FAULTS = {
+    "a barrier is missing: warp 0 adds up sums that are not there yet": (
+        CLUSTERS,
+        "row.h",
+        "shared.warps[warp()] = warp_sums;\n    __syncthreads();",
+        "shared.warps[warp()] = warp_sums;",
+    ),
+    "a barrier is missing: the sums are read before they are there": (
+        CLUSTERS,
+        "row.h",
+        "exchange.advance();\n    __syncthreads();",
+        "exchange.advance();",
+    ),
+    "a barrier is missing: a histogram is cleared that another CTA still reads": (
+        CLUSTERS,
+        "select.h",
+        "if (exchange.size() > 1) exchange.barrier();\n    __syncthreads();",
+        "__syncthreads();",
+    ),
+    "the tail is one column too long": (
+        CLUSTERS,
+        "columns.h",
+        "return column < view.columns ? reinterpret_cast",
+        "return column <= view.columns ? reinterpret_cast",
+    ),
+    "the tail is written one column too far": (
+        CLUSTERS,
+        "columns.h",
+        "if (column < view.columns) reinterpret_cast<uint32_t*>",
+        "if (column <= view.columns) reinterpret_cast<uint32_t*>",
+    ),
+    "a CTA sends into another one's place": (
+        CLUSTERS,
+        "exchange.h",
+        "inbox[buffer][rank_]",
+        "inbox[buffer][to]",
+    ),
+    "nobody waits for what the other CTAs send": (
+        CLUSTERS,
+        "exchange.h",
+        "mbarrier_wait(&shared_.barrier[count_ & 1], static_cast<unsigned>(count_ >> 1 & 1));",
+        "",
+    ),
+    "the wait is for the phase before": (
+        CLUSTERS,
+        "exchange.h",
+        "static_cast<unsigned>(count_ >> 1 & 1)",
+        "static_cast<unsigned>(~count_ >> 1 & 1)",
+    ),
+    "the first exchange begins before the other CTAs have": (
+        CLUSTERS,
+        "exchange.h",
+        "if (size_ > 1) cluster_wait();",
+        "",
+    ),
+    "nobody waits for the other CTAs in global memory": (
+        TICKETS,
+        "exchange.h",
+        "while (load_acquire(arrived(row())) < all) spin();",
+        "(void)all;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_kernels_is_caught(name):
+    layout, *fault = FAULTS[name]
+    seen = {schedule: rows(layout, schedule, tuple(fault)) for schedule in SCHEDULES}
+    assert any(seen[schedule] != rows(CLUSTERS, "0") for schedule in SCHEDULES), seen
+
+
+MISTAKES = {
+    "a_thread_is_missing": "thread 5 of CTA . has ended while others wait",
+    "two_barriers": "diverges",
+    "a_lane_is_missing": "has ended while its warp waits",
+    "no_such_peer": "no CTA 2 in the cluster",
+    "not_in_shared_memory": "not in shared memory",
+    "a_peer_has_ended": "a CTA that has ended is used",
+    "arrival_without_wait": "ended without cluster_wait",
+    "a_barrier_nobody_made": "not initialised",
+    "bytes_that_never_come": "deadlock: thread 0 of CTA . waits for an mbarrier",
+    "gone_before_the_store_arrives": "has ended",
+    "waits_for_a_cta_that_cannot_start": "deadlock: thread 0 of CTA 0 spins",
+    "a_misaligned_vector": "misaligned load",
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_a_mistake_is_named(schedule):
+    program = build.program("faults")
+    assert output(program, "nothing", schedule) == ""
+    for name, message in MISTAKES.items():
+        said = output(program, name, schedule)
+        assert re.search(message, said), (name, said)
