@@ -101,10 +101,11 @@ def race(
         try:
             for _ in range(2):  # warm-up
                 step(prepare())
+            times[name] = []
         except torch.OutOfMemoryError:
+            pass
+        if name not in times:  # now that the exception holds none of it
             torch.cuda.empty_cache()
-            continue
-        times[name] = []
     for _ in range(rounds):
         for name, seconds in times.items():
             seconds.append(elapsed(device, steps[name], prepare()))

@@ -77,7 +77,7 @@ for stage in "${stages[@]}"; do
   while [ -n "$again" ]; do
     printf '\n== %s\n' "$stage"
     begin=$SECONDS
-    timeout 470 bash -uo pipefail -c "$stage" 2>&1 | tee "$OUT/$stage.log"
+    timeout -k 10 470 bash -uo pipefail -c "$stage" 2>&1 | tee "$OUT/$stage.log"
     status=${PIPESTATUS[0]}
     case $status in
       0) outcome=passed ;;

@@ -6,6 +6,7 @@ Instructions are told apart by the source lines they come from (-lineinfo change
 functions included. The machine code is read by nvdisasm, of the triton package or of the toolkit.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,20 +69,16 @@ def compile_for(source: Path, target: str) -> Binary:
         key.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd-gate"
     folder = cache / key.hexdigest()[:16]
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            cubin = Path(scratch) / "cubin"
+    cache.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what another process compiles is waited for
+        if not (folder / "report").exists():
+            folder.mkdir(exist_ok=True)
+            cubin = folder / "cubin"
             command = [compiler, *FLAGS, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-            (Path(scratch) / "report").write_text(done.stdout + done.stderr)
-            Path(scratch).chmod(0o755)
-            try:
-                Path(scratch).rename(folder)
-            except OSError:
-                pass  # another process was first
-            Path(scratch).mkdir(exist_ok=True)  # for the context to remove
+            (folder / "report").write_text(done.stdout + done.stderr)  # last: now it is whole
     code = ""
     if disassembler:
         command = [disassembler, "-c", "-gi", folder / "cubin"]
@@ -253,7 +249,7 @@ def problems(name: str, of: Figures) -> Iterator[str]:
         "loads_of_128_bits": (4 if vectors > 1 else 2) * vectors,
         "stores_of_128_bits": 2 * vectors,
         "reread_loads_of_128_bits": 4,
-        "reread_stores_of_128_bits": 2,
+        "reread_stores_of_128_bits": 1,
     }
     for what, least in at_least.items():
         if of.get(what, least) < least:

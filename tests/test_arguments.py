@@ -296,7 +296,8 @@ def test_a_backend_that_cannot_run_says_why_and_nothing_falls_back():
 
 
 def test_backends_lists_all_four():
-    assert list(fastkd.backends()) == ["cuda", "triton", "cpu", "reference"]
+    # First of all: tests/emulation adds its own.
+    assert list(fastkd.backends())[:4] == ["cuda", "triton", "cpu", "reference"]
     assert fastkd.backends()["reference"] == []
     fastkd.backends()["reference"].append("changed by a caller")
     assert fastkd.backends()["reference"] == []

@@ -4,6 +4,7 @@ The instruments come first: each is shown to find what it is there to find.
 """
 
 import json
+import re
 
 import compile_gate as gate
 import pytest
@@ -98,13 +99,8 @@ def test_widths_and_local_memory_are_seen(planted):
 
 def test_every_target_of_the_wheel_is_measured():
     setup = (gate.ROOT / "setup.py").read_text()
-    for target in gate.TARGETS:
-        number = target.removeprefix("sm_")
-        assert f'"{number[:-1]}.{number[-1]}"' in setup
-    assert (
-        len(gate.TARGETS)
-        == setup.partition("ARCHITECTURES = (")[2].partition(")")[0].count('"') / 2
-    )
+    (wheel,) = re.findall(r"^ARCHITECTURES = \((.*)\)$", setup, re.MULTILINE)
+    assert tuple(f"sm_{x}{y}" for x, y in re.findall(r'"(\d+)\.(\d)"', wheel)) == gate.TARGETS
 
 
 @needs_nvcc
