@@ -206,7 +206,7 @@ def kd_loss(
         per_row=reduction == "none",
         terms=return_terms,
         inplace=inplace,
-        ops=ops.choose_backend(backend, student_logits),
+        ops=ops.choose_backend(backend, student_logits.device, dtype),
     )
     terms = ops.kd_terms(student_logits, request)
     if not return_terms:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import spec
+from . import spec, triton_backend
 
 # student, dstudent [A, B, V_student], teacher [A, B, V_teacher], or [N, V] each, with stride 1 in
 # the last dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See
@@ -47,6 +47,7 @@ def _define(suffix: str, kd_rows: Callable | None = None, scale: Callable | None
 
 _define("")
 _define("_reference", spec.kd_rows, spec.scale_rows_)
+_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
@@ -55,8 +56,11 @@ if _HAS_NATIVE:
 
 class Backend(NamedTuple):
     suffix: str  # of its ops
-    missing: list[str]  # why it cannot run on this machine, whatever the tensors
+    missing: list[str]  # why it cannot run in this process, whatever the tensors
     device: str | None = None  # the device type it takes; None: any
+    float64: bool = True  # whether it takes float64 logits
+    unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
+    by_name: bool = False  # "auto" passes it over
 
 
 _NO_CUDA = ["fastkd._C_cuda, the module with the CUDA kernels, is not part of this installation"]
@@ -65,7 +69,14 @@ if torch.version.cuda is None:
 
 _BACKENDS = {  # in the order in which "auto" tries them
     "cuda": Backend("", _NO_CUDA, "cuda"),
-    "triton": Backend("_triton", ["this version of fastkd has no Triton kernels"]),
+    "triton": Backend(
+        "_triton",
+        triton_backend.MISSING,
+        triton_backend.DEVICE,
+        float64=False,
+        unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
+        by_name=triton_backend.INTERPRETED,
+    ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"
     ),
@@ -73,30 +84,63 @@ _BACKENDS = {  # in the order in which "auto" tries them
 }
 
 
+def _reasons(backend: Backend) -> list[str]:
+    """Why it cannot run on this machine."""
+    if backend.missing or backend.unfit is None:
+        return list(backend.missing)
+    try:
+        unfit = [backend.unfit(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # a driver too old for this torch, a forked process
+        return [f"CUDA cannot be initialised: {error}"]
+    if not unfit:
+        return ["torch.cuda sees no GPU"]
+    return [reason for reasons in unfit for reason in reasons] if all(unfit) else []
+
+
 def backends() -> dict[str, list[str]]:
     """Per backend the reasons why it cannot run on this machine; an empty list: it can.
+
+    Where there are GPU kernels this initialises CUDA.
 
     >>> fastkd.backends()["cpu"]
     []
     """
-    return {name: list(backend.missing) for name, backend in _BACKENDS.items()}
+    return {name: _reasons(backend) for name, backend in _BACKENDS.items()}
 
 
-def _backend_ops(name: str, device: str) -> tuple[Any, Any]:
+def _can_run(backend: Backend, device: torch.device, double: bool) -> bool:
+    if backend.missing or backend.device not in (None, device.type):
+        return False
+    if double and not backend.float64:
+        return False
+    return backend.unfit is None or not backend.unfit(device.index)
+
+
+def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    double = dtype == torch.float64
     if name == "auto":
         name = next(
             name
             for name, backend in _BACKENDS.items()
-            if not backend.missing and backend.device in (None, device)
+            if not backend.by_name and _can_run(backend, device, double)
         )
     if name not in _BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
     backend = _BACKENDS[name]
-    reasons = list(backend.missing)
-    if backend.device not in (None, device):
-        reasons.append(f"the logits are on {device}, not on {backend.device}")
+    reasons = []
+    if not _can_run(backend, device, False):
+        reasons = _reasons(backend)
+        if backend.device not in (None, device.type):
+            reasons.append(f"the logits are on {device.type}, not on {backend.device}")
+        elif not reasons and backend.unfit is not None:
+            reasons = backend.unfit(device.index)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot run here: " + "; ".join(reasons))
+    if double and not backend.float64:
+        raise TypeError(
+            f"backend {name!r} takes float32, bfloat16 and float16 logits, got float64: "
+            'pass backend="auto"'
+        )
     ops = torch.ops.fastkd
     return (
         getattr(ops, f"kd_rows{backend.suffix}").default,
@@ -104,19 +148,23 @@ def _backend_ops(name: str, device: str) -> tuple[Any, Any]:
     )
 
 
-_CHOSEN: dict[tuple[str, str], tuple[Any, Any]] = {}  # the choice takes as long as the kernel
+# The choice takes as long as the kernel.
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype], tuple[Any, Any]] = {}
 
 
-def choose_backend(name: str, student: Tensor) -> tuple[Any, Any]:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The ops kd_rows and scale_rows_ of the first backend that can run, or of the one asked for.
 
+    `dtype` is that of the arithmetic, spec.compute_dtype.
+
     Raises:
+        TypeError: a backend that does not take the dtype.
         ValueError: no such backend.
         RuntimeError: the backend asked for cannot run; the message holds every reason.
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str, got {type(name).__name__}")
-    key = (name, student.device.type)
+    key = (name, device, dtype)
     ops = _CHOSEN.get(key)
     if ops is None:
         ops = _CHOSEN[key] = _backend_ops(*key)

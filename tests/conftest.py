@@ -11,6 +11,7 @@ from bounds import INF, NAN, Allowance, assert_close
 from torch import Tensor
 
 import fastkd
+from fastkd import triton_backend
 
 __all__ = ["INF", "NAN", "assert_close"]  # for tests, beside what is defined here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +38,13 @@ class Backend:
 BACKENDS = (
     Backend("reference"),
     Backend("cpu"),
+    # With TRITON_INTERPRET=1 in Triton's interpreter, else on a GPU.
+    Backend("triton", triton_backend.DEVICE, float64=False),
 )
+if triton_backend.INTERPRETED and not triton_backend.MISSING:
+    import triton_interpreter
+
+    triton_interpreter.patch_once()
 
 
 def _instruction_sets() -> list[str]:
@@ -112,7 +119,33 @@ def pytest_report_header() -> str:
     return f"fastkd {fastkd.__version__}, cpu instruction sets: {', '.join(INSTRUCTION_SETS)}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--interpreted", type=int, default=2, metavar="N",
+        help="parameter sets per test in Triton's interpreter, evenly taken; 0: all",
+    )  # fmt: skip
+
+
+def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects most parameter sets of the triton backend: the interpreter is 1000 times slower."""
+    count = config.getoption("interpreted")
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(v, Backend) and v.name == "triton" for v in values):
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left_out = set()
+    for group in groups.values():
+        if 0 < count < len(group):
+            taken = {round(i * (len(group) - 1) / max(count - 1, 1)) for i in range(count)}
+            left_out |= {item for i, item in enumerate(group) if i not in taken}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if triton_backend.INTERPRETED:
+        _interpreted_share(config, items)
     if torch.cuda.is_available():
         return
     for item in items:
