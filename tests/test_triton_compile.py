@@ -90,7 +90,9 @@ def test_scaling(target, dtype):
         aot.triton_launch.scale_rows_(torch.empty(4, 50257, dtype=dtype), torch.empty(4))
     report = aot.report(kernels[0])
     assert report.spilled == 0
-    for loop in report.loops:
+    loops = [loop for loop in report.loops if loop.stores]
+    assert loops
+    for loop in loops:
         assert loop.loads[16] > 0 and loop.stores[16] > 0
 
 
@@ -102,4 +104,5 @@ def test_small_vocabularies(V):
             with aot.captured(TARGETS[target]) as kernels:
                 aot.launch(V=V, keep=keep)
             report = aot.report(kernels[0])
-            assert report.spilled == 0
+            assert report.spilled <= TOLERATED_SPILL
+            assert all(loop.spills == 0 for loop in report.loops)

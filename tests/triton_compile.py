@@ -321,7 +321,7 @@ def cases() -> list[tuple[str, torch.dtype, str]]:
 
 
 TABLE = Path(__file__).with_name("triton_table.txt")
-HEADER = f"""# What the Triton kernels compile to at V = 50257; `python tests/triton_compile.py` writes it.
+HEADER = f"""# What the Triton kernels compile to at V = 50257: python tests/triton_compile.py
 # Per pair, of KL(p || q): instructions of the first pass, of the second one in ordinary and in
 # careful rows, and exponentials of ordinary rows.
 # triton {triton.__version__}
