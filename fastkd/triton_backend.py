@@ -19,11 +19,11 @@ OLDEST = (3, 6)  # of torch 2.10; earlier ones lack what the kernels use
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _installed() -> str | None:
-    """The version of Triton; torch for AMD calls the distribution by other names."""
-    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
+def _installed(*distributions: str) -> tuple[int, ...] | None:
+    """The version of the first that is there."""
+    for distribution in distributions:
         try:
-            return version(distribution)
+            return tuple(map(int, version(distribution).split(".")[:2]))
         except PackageNotFoundError:
             pass
     return None
@@ -33,14 +33,17 @@ def _missing() -> list[str]:
     if find_spec("triton") is None:
         return ["triton is not installed"]
     reasons = []
-    found = _installed()
-    if found is not None and tuple(map(int, found.split(".")[:2])) < OLDEST:
-        reasons.append(f"triton {found} is older than {OLDEST[0]}.{OLDEST[1]}")
+    # torch for AMD calls the distribution by other names.
+    found = _installed("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton") or OLDEST
+    if found < OLDEST:
+        reasons.append(f"triton {found[0]}.{found[1]} is older than {OLDEST[0]}.{OLDEST[1]}")
     if not INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
         reasons.append(
             f"torch {torch.__version__} is built without CUDA or ROCm (for tests on CPU tensors, "
             "set TRITON_INTERPRET=1)"
         )
+    if INTERPRETED and found < (3, 7) and (_installed("numpy") or (0,)) >= (2, 4):
+        reasons.append("Triton's interpreter before 3.7 fails with numpy 2.4 or later")
     return reasons
 
 
