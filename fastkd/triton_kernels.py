@@ -201,6 +201,7 @@ def kd_rows_kernel(
             )  # fmt: skip
         if GRADIENT:
             if lost:
+                tl.debug_barrier()  # other threads may still read the row, or write it
                 fill(g_row, value, low, high, G_VECTOR, BLOCK)
             for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
                 zeros = tl.zeros([BLOCK], tl.float32)

@@ -23,9 +23,12 @@ class Config(NamedTuple):
 # entry has been timed.
 TABLE = ((2048, Config(128, 512)), (16384, Config(256, 1024)), (2**31, Config(512, 2048)))
 # Triton's interpreter takes time by the tile: few, and still a first, some whole and a last one.
-INTERPRETED = ((4096, Config(64, 64)), (32768, Config(512, 512)), (2**31, Config(4096, 512)))
+INTERPRETED = ((4096, Config(128, 64)), (32768, Config(512, 512)), (2**31, Config(4096, 512)))
 # Of a tile, per thread: a vector of half precision. For two the registers do not suffice.
 COLUMNS = 8
+NONE, FORWARD, REVERSE, MIXTURE = (
+    int(x.value) for x in (kernels.NONE, kernels.FORWARD, kernels.REVERSE, kernels.MIXTURE)
+)
 
 
 def configuration(V: int) -> Config:
@@ -98,11 +101,9 @@ def kd_rows(
     vector = lane if s.alike(t, lane) else 1
     g_vector = vector if s.alike(g, lane) else 1
     config = configuration(vocab_size)
-    divergence = kernels.NONE
+    divergence = NONE
     if soft_weight is not None:
-        divergence = (
-            kernels.FORWARD if beta == 0 else kernels.REVERSE if beta == 1 else kernels.MIXTURE
-        )
+        divergence = FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
     with _current(student.device):
         kernels.kd_rows_kernel[(N,)](
             s.base, t.base, g.base,
@@ -114,7 +115,7 @@ def kd_rows(
             N, student.shape[-2], vocab_size, student.shape[-1], min(keep, vocab_size),
             beta, 1 - beta,
             *s[1:4], *t[1:4], *g[1:4],
-            DIVERGENCE=divergence.value, PRUNE=divergence.value != 0 and keep < vocab_size,
+            DIVERGENCE=divergence, PRUNE=divergence != NONE and keep < vocab_size,
             HARD=hard_weight is not None, LABELS=labels is not None, GRADIENT=dstudent is not None,
             VECTOR=vector, G_VECTOR=g_vector, LANE=lane,
             BLOCK=config.threads * COLUMNS, SAMPLE=config.sample,

@@ -18,7 +18,7 @@ from fastkd.triton_math import row_offset
 from fastkd.triton_select import kth_largest
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
-V = 1043
+V = 2067
 
 
 def placed(values: torch.Tensor, pad: int, offset: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def placed(values: torch.Tensor, pad: int, offset: int) -> torch.Tensor:
     (torch.float32, torch.bfloat16), (torch.float16, torch.float32),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("places", [
-    ((0, 0), (0, 0)),  # rows of 1043 begin anywhere, student, teacher and gradient alike
+    ((0, 0), (0, 0)),  # rows of 2067 begin anywhere, student, teacher and gradient alike
     ((5, 0), (5, 3)),  # whole vectors in none of the three alike
     ((0, 8), (8, 0)),  # and in all
     ((0, 3), (0, 3)),
