@@ -17,8 +17,6 @@ What it does otherwise than a GPU, and why the kernels may not care:
 - It accepts code that does not compile; and before 3.7, with numpy >= 2.4, no loop at all.
 """
 
-import functools
-
 from triton.runtime import interpreter
 
 
@@ -41,5 +39,3 @@ def patch_once() -> None:
         return scope
 
     interpreter._patch_lang = patch_lang
-    # A dictionary of all dtypes, built for every load.
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
