@@ -75,6 +75,46 @@ def _rows(rows: Tensor) -> _Rows:
     return _Rows(base, shift if aligned else 0, outer, rows.stride(-2), aligned)
 
 
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    dstudent: Tensor | None,
+    vectors: list[Tensor],
+    labels: Tensor | None,
+    vocab_size: int,
+) -> None:
+    """What keeps a call of the bare op from memory that is not there; kd_loss checks the rest."""
+    N, widths = student.shape[:-1].numel(), (student.shape[-1], teacher.shape[-1])
+    for rows in (student, teacher) if dstudent is None else (student, teacher, dstudent):
+        if (
+            rows.dim() not in (2, 3)
+            or rows.shape[:-1].numel() != N
+            or rows.shape[-2] != student.shape[-2]
+        ):
+            raise ValueError("fastkd: the rows must come as [N, V] or [A, B, V], alike")
+        if rows.stride(-1) != 1 and rows.shape[-1] != 1:
+            raise ValueError("fastkd: rows must have stride 1 in V")
+        if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"fastkd: the Triton kernels do not take {rows.dtype}")
+    if dstudent is not None and dstudent.shape[-1] != widths[0]:
+        raise ValueError("fastkd: dstudent must have the V of student")
+    if not 1 <= vocab_size <= min(widths):
+        raise ValueError("fastkd: vocab_size out of range")
+    for vector in vectors:
+        if vector.numel() != N or not vector.is_contiguous() or vector.dtype != torch.float32:
+            raise ValueError("fastkd: a per-row vector must be contiguous float32 [N]")
+    if labels is not None and not (
+        labels.numel() == N and labels.is_contiguous() and labels.dtype == torch.int64
+    ):
+        raise ValueError("fastkd: labels must be contiguous int64 [N]")
+
+
+def _as(rows: Tensor, leading: torch.Size) -> Tensor:
+    """[N, V] as [A, B, V], a view."""
+    fits = rows.dim() == 2 and rows.shape[0] == leading.numel()
+    return rows.unflatten(0, leading) if fits else rows
+
+
 def kd_rows(
     student: Tensor,
     teacher: Tensor,
@@ -89,7 +129,17 @@ def kd_rows(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """The op fastkd::kd_rows_triton; arguments as in spec.kd_rows."""
-    N = student_inv_temperature.numel()
+    N = student.shape[:-1].numel()
+    given = [x for x in (student, teacher, dstudent) if x is not None]
+    leading = max((x.shape[:-1] for x in given), key=len)
+    if len({x.dim() for x in given}) > 1 and leading.numel() == N:
+        student, teacher = _as(student, leading), _as(teacher, leading)
+        dstudent = None if dstudent is None else _as(dstudent, leading)
+    vectors = [student_inv_temperature, teacher_inv_temperature]
+    vectors += [v for v in (soft_weight, hard_weight) if v is not None]
+    _check(student, teacher, dstudent, vectors, labels, vocab_size)
+    if keep < 1 or (labels is None and hard_weight is not None):
+        raise ValueError("fastkd: keep < 1, or a hard term without labels")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
     if N == 0:
@@ -127,6 +177,9 @@ def kd_rows(
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     """The op fastkd::scale_rows_triton_."""
     N = dstudent.shape[:-1].numel()
+    if scale.numel() not in (1, N) or not scale.is_contiguous() or not scale.is_floating_point():
+        raise ValueError("fastkd: scale must be contiguous, one value or N, of a floating dtype")
+    _check(dstudent, dstudent, None, [], None, 1)
     if N == 0:
         return
     g = _rows(dstudent)

@@ -148,7 +148,8 @@ def second_tile(
         soft = q - p
         if CAREFUL:
             # ln(p / q), finite wherever the logits are: log_q may overflow at the lowest of them.
-            x = (dt * t_inverse - ds * s_inverse) - (t_log - s_log) * LN2
+            # Both sides alike, so that equal logits give 0 however products and sums are fused.
+            x = (dt * t_inverse - t_log * LN2) - (ds * s_inverse - s_log * LN2)
             no_s = s == NINF
             if DIVERGENCE == FORWARD:
                 if VALUE:

@@ -63,6 +63,56 @@ def test_nothing_is_written_beside_the_rows():
         assert (rows != s.to(TRITON.device)).any(-1).all()
 
 
+def test_rows_of_two_and_of_three_dimensions():
+    s, t = (x.to(TRITON.device) for x in pair(6, 30))
+    vector = torch.linspace(0.5, 1, 6, device=TRITON.device)
+    results = []
+    for student_shape, teacher_shape in (((), ()), ((2, 3), ()), ((), (2, 3)), ((2, 3), (2, 3))):
+        student, teacher = (
+            s.view(*(student_shape or (6,)), 30),
+            t.view(*(teacher_shape or (6,)), 30),
+        )
+        for shape in ((6, 30), (2, 3, 30)):
+            g = torch.empty(shape, device=TRITON.device)
+            soft, _ = torch.ops.fastkd.kd_rows_triton(
+                student, teacher, None, vector, vector, vector, None, g, 30, 30, 0.0
+            )
+            results.append((soft, g.view(6, 30)))
+    for soft, g in results[1:]:
+        assert torch.equal(soft, results[0][0]) and torch.equal(g, results[0][1])
+
+
+def test_the_bare_op_reads_nothing_that_is_not_there():
+    s, vector = torch.zeros(3, 9), torch.ones(3)
+    good = [s, s, None, vector, vector, vector, None, s.clone(), 9, 9, 0.0]
+
+    def refused(**replaced):
+        arguments = list(good)
+        for place, value in replaced.items():
+            arguments[int(place[1:])] = value
+        arguments = [x.to(TRITON.device) if torch.is_tensor(x) else x for x in arguments]
+        with pytest.raises(ValueError, match="fastkd"):
+            torch.ops.fastkd.kd_rows_triton(*arguments)
+
+    refused(_1=s[:2])
+    refused(_1=s[:, :8])
+    refused(_1=s.T.contiguous().T)
+    refused(_1=s.double())
+    refused(_2=torch.zeros(2, dtype=torch.int64))
+    refused(_2=torch.zeros(3, dtype=torch.int32))
+    refused(_3=vector[:2])
+    refused(_4=vector.double())
+    refused(_5=torch.ones(6)[::2])
+    refused(_6=vector)  # without labels
+    refused(_7=s[:2].clone())
+    refused(_7=torch.zeros(3, 10))
+    refused(_8=0)
+    refused(_9=10)
+    refused(_9=0)
+    with pytest.raises(ValueError, match="scale"):
+        torch.ops.fastkd.scale_rows_triton_(s.to(TRITON.device), torch.ones(2))
+
+
 @triton.jit
 def offset_kernel(out, row, shift, inner, outer_stride: tl.int64, inner_stride: tl.int64):
     tl.store(out, row_offset(row, shift, inner, outer_stride, inner_stride))
