@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cuda, spec
+from . import cuda, spec, triton_backend
 
 # student, dstudent [A, B, V_student], teacher [A, B, V_teacher], or [N, V] each, with stride 1 in
 # the last dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See
@@ -47,6 +47,7 @@ def _define(suffix: str, kd_rows: Callable | None = None, scale: Callable | None
 
 _define("")
 _define("_reference", spec.kd_rows, spec.scale_rows_)
+_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
@@ -59,11 +60,19 @@ class Backend(NamedTuple):
     device: str | None = None  # the device type it takes; None: any
     float64: bool = True  # whether it takes float64 logits
     unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
+    by_name: bool = False  # "auto" passes it over
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
     "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit),
-    "triton": Backend("_triton", ["this version of fastkd has no Triton kernels"]),
+    "triton": Backend(
+        "_triton",
+        triton_backend.MISSING,
+        triton_backend.DEVICE,
+        float64=False,
+        unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
+        by_name=triton_backend.INTERPRETED,
+    ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"
     ),
@@ -87,7 +96,7 @@ def _reasons(backend: Backend) -> list[str]:
 def backends() -> dict[str, list[str]]:
     """Per backend the reasons why it cannot run on this machine; an empty list: it can.
 
-    Where the CUDA kernels are installed this initialises CUDA.
+    Where there are GPU kernels this initialises CUDA.
 
     >>> fastkd.backends()["cpu"]
     []
@@ -106,7 +115,11 @@ def _can_run(backend: Backend, device: torch.device, double: bool) -> bool:
 def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     double = dtype == torch.float64
     if name == "auto":
-        name = next(n for n, backend in _BACKENDS.items() if _can_run(backend, device, double))
+        name = next(
+            name
+            for name, backend in _BACKENDS.items()
+            if not backend.by_name and _can_run(backend, device, double)
+        )
     if name not in _BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
     backend = _BACKENDS[name]

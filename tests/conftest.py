@@ -4,6 +4,7 @@ compares it with the definition in float64 within the bounds of bounds.py.
 
 import itertools
 import os
+import zlib
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from emulation import build
 from torch import Tensor
 
 import fastkd
+from fastkd import triton_backend
 
 __all__ = ["INF", "NAN", "assert_close"]  # for tests, beside what is defined here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +30,11 @@ class Backend:
     label: str = ""
     emulated: bool = False  # a hundred times slower
 
+    @property
+    def interpreted(self) -> bool:
+        """In Triton's interpreter a row takes some 20 ms: fewer and shorter ones, then."""
+        return self.name == "triton" and triton_backend.INTERPRETED
+
     def need(self, *dtypes: torch.dtype) -> None:
         if torch.float64 in dtypes and not self.float64:
             pytest.skip(f"the {self.name} backend refuses float64")
@@ -41,6 +48,8 @@ BACKENDS = (
     Backend("reference"),
     Backend("cpu"),
     Backend("cuda", "cuda", float64=False),
+    # With TRITON_INTERPRET=1 in Triton's interpreter, else on a GPU.
+    Backend("triton", triton_backend.DEVICE, float64=False),
     # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
     # Not where FASTKD_EMULATION=0 says that a GPU is at hand.
     *(
@@ -48,6 +57,10 @@ BACKENDS = (
         for name in (build.backends() if os.environ.get("FASTKD_EMULATION") != "0" else ())
     ),
 )
+if triton_backend.INTERPRETED and not triton_backend.MISSING:
+    import triton_interpreter
+
+    triton_interpreter.patch_once()
 
 
 def _instruction_sets() -> list[str]:
@@ -122,7 +135,40 @@ def pytest_report_header() -> str:
     return f"fastkd {fastkd.__version__}, cpu instruction sets: {', '.join(INSTRUCTION_SETS)}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--interpreted", type=int, default=1, metavar="N",
+        help="parameter sets per test that are run in Triton's interpreter; 0: all",
+    )  # fmt: skip
+
+
+def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects most parameter sets of the triton backend: the interpreter is 1000 times slower.
+
+    Which ones stay depends on the test, so that together they meet all dtypes, betas and options.
+    """
+    count = config.getoption("interpreted")
+    groups: dict[str, list[pytest.Item]] = {}
+    left_out = set()
+    for item in items:
+        values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+        if any(isinstance(v, Backend) and v.interpreted for v in values):
+            if torch.float64 in values:  # would be skipped
+                left_out.add(item)
+                continue
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, group in groups.items():
+        if 0 < count < len(group):
+            first = zlib.crc32(name.encode()) % len(group)
+            taken = {(first + i * len(group) // count) % len(group) for i in range(count)}
+            left_out |= {item for i, item in enumerate(group) if i not in taken}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if triton_backend.INTERPRETED:
+        _interpreted_share(config, items)
     if torch.cuda.is_available():
         return
     for item in items:

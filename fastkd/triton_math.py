@@ -1,0 +1,157 @@
+"""What the Triton kernels know of numbers: tiles of logits, exponentials' companions, row edges.
+
+Arguments of exponentials carry log2(e) / T: exp2 is one instruction on every GPU, exp several.
+Tiles are [BLOCK // LANE, LANE]: one thread holds a row of one, so that a reduction over axis 1
+needs no other thread, and sums over a row are kept per lane until its end.
+"""
+
+import triton
+import triton.language as tl
+
+from . import triton_backend
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NINF = tl.constexpr(float("-inf"))
+INTERPRETED = tl.constexpr(triton_backend.INTERPRETED)
+
+
+@triton.jit
+def to_float(x):
+    """To float32. bfloat16 by a shift: fewer instructions than the conversion, and in Triton's
+    interpreter exact, whose conversion loses subnormals."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def to_stored(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates: round to even here
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        bits = tl.where(x != x, (bits >> 16) | 0x40, rounded)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def row_offset(row, shift, inner, outer_stride, inner_stride):
+    """Of row = a * inner + b; in 64 bits, for rows * V exceeds 2^31."""
+    row = tl.cast(row, tl.int64)
+    return shift + row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit
+def step_back(base, offset, columns, VECTOR: tl.constexpr):
+    """`columns` before base + offset: tiles from there on begin with a whole vector."""
+    return base + tl.multiple_of(offset - columns, VECTOR)
+
+
+@triton.jit
+def edges(low, high, BLOCK: tl.constexpr):
+    """Columns [low, high), of a row stepped back by `low`, as tiles: those that are not whole begin
+    at edge * full for edge in range(begin, end), the whole ones are range(first, full, BLOCK).
+
+    Only the first tile and the last can be ragged. Only those two are masked, in a loop of its own.
+    """
+    full = high // BLOCK * BLOCK
+    first = tl.where(low > 0, BLOCK, 0)
+    begin = tl.where((low > 0) | (full == 0), 0, 1)
+    end = tl.where((high > full) & (full > 0), 2, 1)
+    return begin, end, first, full
+
+
+@triton.jit
+def positions(start, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    return tl.reshape(start + tl.arange(0, BLOCK), [BLOCK // LANE, LANE])
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    start,
+    low,
+    high,
+    VECTOR: tl.constexpr,  # 1 where the row is not aligned
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LAST: tl.constexpr,  # the row is not read again: its lines may go
+):
+    """float32 [BLOCK // LANE, LANE], -inf outside [low, high).
+
+    A vector is read whole if one of its columns is inside: its 16 bytes are never on two pages.
+    """
+    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, BLOCK)
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    if RAGGED:
+        vector = columns // VECTOR * VECTOR
+        mask = (vector + VECTOR > low) & (vector < high)
+        x = tl.load(pointer + columns, mask=mask, other=NINF, eviction_policy=policy)
+        x = tl.where((columns >= low) & (columns < high), to_float(x), NINF)
+    else:
+        x = to_float(tl.load(pointer + columns, eviction_policy=policy))
+    return tl.reshape(x, [BLOCK // LANE, LANE])
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    values,
+    start,
+    low,
+    high,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, BLOCK)
+    values = to_stored(tl.reshape(values, [BLOCK]), pointer.dtype.element_ty)
+    if RAGGED:
+        vector = columns // VECTOR * VECTOR
+        whole = (vector >= low) & (vector + VECTOR <= high)
+        tl.store(pointer + columns, values, mask=whole, eviction_policy="evict_first")
+        if VECTOR > 1:  # of the two vectors that are not
+            inside = (columns >= low) & (columns < high) & ~whole
+            tl.store(pointer + columns, values, mask=inside, eviction_policy="evict_first")
+    else:
+        tl.store(pointer + columns, values, eviction_policy="evict_first")
+
+
+@triton.jit
+def excess(a, b, d, a_absent, b_absent):
+    """a d - a + b for d = ln(a / b), whose sum is KL(a || b): no term is < 0, none cancels.
+
+    Below |d| = 1/4 by the series of d + exp(-d) - 1. A class of logit -inf has a = 0 and leaves b;
+    b absent where a is not is +inf, also where a has underflowed.
+    """
+    series = (((((-1 / 5040.0) * d + 1 / 720.0) * d - 1 / 120.0) * d + 1 / 24.0) * d - 1 / 6.0) * d
+    near = a * (d * d) * (series + 0.5)
+    far = tl.where(a > 0, a * d, 0.0) + (b - a)
+    value = tl.where(tl.abs(d) < 0.25, near, far)
+    return tl.where(a_absent, b, tl.where(b_absent, float("inf"), value))
+
+
+@triton.jit
+def log_terms(y):
+    """ln(1 + y), and (1 + y) ln(1 + y) - y to its own precision also near y = 0; y >= -1.
+
+    ln 0 is taken as ln of the smallest normal number. ln(1 + f) = f - f^2 q(f).
+    """
+    r = tl.maximum(1.0 + y, 1.1754943508222875e-38)
+    bits = r.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23  # r = 2^k * [sqrt(1/2), sqrt(2))
+    reduced = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    f = tl.where(k == 0, y, reduced)
+    q = -0.0873475952 * f + 0.14307497
+    q = q * f - 0.149179918
+    q = q * f + 0.165705125
+    q = q * f - 0.199620709
+    q = q * f + 0.250017551
+    q = q * f - 0.333339502
+    q = q * f + 0.499999916
+    log = f - f * f * q + k.to(tl.float32) * LN2
+    return log, tl.where(k == 0, f * f * (1.0 - (1.0 + f) * q), r * log - y)

@@ -1,0 +1,237 @@
+"""The passes over one row: maxima, sums of exponentials, then divergence and gradient.
+
+See triton_kernels.py for their order.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_math import (
+    LN2,
+    LOG2E,
+    NINF,
+    edges,
+    excess,
+    load_tile,
+    log_terms,
+    positions,
+    store_tile,
+)
+
+# Which divergence D(p, q): none, KL(p||q), KL(q||p), the mixture of spec.py.
+NONE, FORWARD, REVERSE, MIXTURE = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def kept_classes(
+    t, threshold, start, low, high,
+    PRUNE: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Mask of a tile; only called where PRUNE or RAGGED. A NaN is kept, and spoils its row."""
+    kept = ~(t < threshold)
+    if RAGGED:
+        at = positions(start, BLOCK, LANE)
+        inside = (at >= low) & (at < high)
+        kept = (kept & inside) if PRUNE else inside
+    return kept
+
+
+@triton.jit
+def maxima(
+    s_row, t_row, end, low, high, threshold,
+    PRUNE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Of the columns before `end`: max of s and of t over the kept, of s over all, NaN in s."""
+    s_max = tl.full([BLOCK // LANE], NINF, tl.float32)
+    t_max = s_max
+    h_max = s_max
+    lost = tl.zeros([BLOCK // LANE], tl.int32)
+    for start in tl.range(0, end, BLOCK):
+        s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, True, False)
+        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, True, False)
+        h_max = tl.maximum(h_max, tl.max(s, 1))
+        if PRUNE:
+            lost += tl.sum((s != s).to(tl.int32), 1)
+            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, True)
+            s = tl.where(kept, s, NINF)
+            t = tl.where(kept, t, NINF)
+        s_max = tl.maximum(s_max, tl.max(s, 1))
+        t_max = tl.maximum(t_max, tl.max(t, 1))
+    return tl.max(s_max, 0), tl.max(t_max, 0), tl.max(h_max, 0), tl.sum(lost, 0)
+
+
+@triton.jit
+def sums_tile(
+    s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+    zs, zt, zh, cross,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+    if HARD:
+        zh += tl.sum(tl.exp2((s - h_max) * LOG2E), 1)
+    if DIVERGENCE != NONE:
+        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+        us = (s - s_max) * s_scale
+        ut = (t - t_max) * t_scale
+        if PRUNE or RAGGED:
+            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, RAGGED)
+        if PRUNE:
+            us = tl.where(kept, us, NINF)
+            ut = tl.where(kept, ut, NINF)
+        es = tl.exp2(us)
+        et = tl.exp2(ut)
+        zs += tl.sum(es, 1)
+        zt += tl.sum(et, 1)
+        # NaN or infinite where a logit is; that is how the careful rows are found.
+        if DIVERGENCE == FORWARD:
+            term = et * (ut - us)
+        if DIVERGENCE == REVERSE:
+            term = es * (us - ut)
+        if DIVERGENCE != MIXTURE:
+            if PRUNE or RAGGED:
+                term = tl.where(kept, term, 0.0)
+            cross += tl.sum(term, 1)
+    return zs, zt, zh, cross
+
+
+@triton.jit
+def sums(
+    s_row, t_row, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes, and of
+    a exp * ln(a / b) before normalisation, all in powers of two."""
+    zs = tl.zeros([BLOCK // LANE], tl.float32)
+    zt = zs
+    zh = zs
+    cross = zs
+    begin, end, first, full = edges(low, high, BLOCK)
+    for start in tl.range(first, full, BLOCK):
+        zs, zt, zh, cross = sums_tile(
+            s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+            zs, zt, zh, cross, DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE, False,
+        )  # fmt: skip
+    for edge in tl.range(begin, end):
+        zs, zt, zh, cross = sums_tile(
+            s_row, t_row, edge * full, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+            zs, zt, zh, cross, DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE, True,
+        )  # fmt: skip
+    return tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0)
+
+
+@triton.jit
+def second_tile(
+    s_row, t_row, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
+    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
+    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
+    if DIVERGENCE != NONE:
+        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
+        ds = s - s_max
+        dt = t - t_max
+        # The logarithm of a sum is subtracted by itself: added to the maximum first, it would be
+        # rounded as a logit is.
+        log_q = ds * (s_inverse * LOG2E) - s_log
+        log_p = dt * (t_inverse * LOG2E) - t_log
+        if PRUNE or RAGGED:
+            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, RAGGED)
+            log_q = tl.where(kept, log_q, NINF)
+            log_p = tl.where(kept, log_p, NINF)
+        q = tl.exp2(log_q)
+        p = tl.exp2(log_p)
+        soft = q - p
+        if CAREFUL:
+            # ln(p / q), finite wherever the logits are: log_q may overflow at the lowest of them.
+            # Both sides alike, so that equal logits give 0 however products and sums are fused.
+            x = (dt * t_inverse - t_log * LN2) - (ds * s_inverse - s_log * LN2)
+            no_s = s == NINF
+            if DIVERGENCE == FORWARD:
+                if VALUE:
+                    term = excess(p, q, x, t == NINF, no_s)
+                    value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
+                soft = tl.where(no_s, 0.0, soft)
+            if DIVERGENCE == REVERSE:
+                if VALUE:
+                    term = excess(q, p, -x, no_s, t == NINF)
+                    value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
+                soft = tl.where(q > 0, q * (-x - divergence), 0.0)
+            if DIVERGENCE == MIXTURE:
+                # p / m = 1 - rest y and q / m = 1 + beta y: each divergence is a sum of
+                # r ln r - r + 1 over m, without cancellation.
+                m = beta * p + rest * q
+                y = soft / tl.maximum(m, 1.1754943508222875e-38)
+                log_ratio, from_q = log_terms(beta * y)
+                if VALUE:
+                    _, from_p = log_terms(-rest * y)
+                    value0 += tl.sum(m * from_p, 1)
+                    value1 += tl.sum(m * from_q, 1)
+                soft = rest * q * (log_ratio - divergence)
+        else:
+            # sum(q - p) is 0: with it the errors of both normalisers cancel to first order.
+            if DIVERGENCE == FORWARD:
+                term = p * (log_p - log_q)
+                remainder = soft
+            else:
+                term = q * (log_q - log_p)
+                remainder = -soft
+                soft = q * ((log_q - log_p) * LN2 - divergence)
+            if PRUNE or RAGGED:
+                term = tl.where(kept, term, 0.0)
+                soft = tl.where(kept, soft, 0.0)
+            if VALUE:
+                value0 += tl.sum(term, 1)
+                value1 += tl.sum(remainder, 1)
+        if GRADIENT:
+            gradient = soft_factor * soft
+            if CAREFUL:  # not even a NaN comes of a term without weight
+                gradient = tl.where(soft_factor != 0, gradient, 0.0)
+            if CAREFUL and PRUNE:
+                gradient = tl.where(kept, gradient, 0.0)
+    if GRADIENT:
+        if HARD:
+            # The label in the same sum: there the two terms nearly cancel, before any rounding.
+            hard = tl.exp2((s - h_max) * LOG2E - h_log)
+            hard = tl.where(positions(start, BLOCK, LANE) == at_label, hard - 1.0, hard)
+            hard = hard_factor * hard
+            if DIVERGENCE == NONE:
+                gradient = hard
+            else:
+                gradient += tl.where(hard_factor != 0, hard, 0.0) if CAREFUL else hard
+        store_tile(g_row, gradient, start, low, high, G_VECTOR, BLOCK, RAGGED)
+    return value0, value1
+
+
+@triton.jit
+def second(
+    s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
+    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
+    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """The divergence as two sums and the gradient, from the end of the row: that is what the cache
+    still holds of a row longer than it has room for."""
+    value0 = tl.zeros([BLOCK // LANE], tl.float32)
+    value1 = value0
+    begin, end, first, full = edges(low, high, BLOCK)
+    for edge in tl.range(begin, end):
+        value0, value1 = second_tile(
+            s_row, t_row, g_row, edge * full, low, high, threshold, s_max, t_max, h_max, s_inverse,
+            t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest,
+            at_label, value0, value1,
+            DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, True,
+        )  # fmt: skip
+    for forward in tl.range(first, full, BLOCK):
+        value0, value1 = second_tile(
+            s_row, t_row, g_row, full - BLOCK + first - forward, low, high, threshold, s_max, t_max,
+            h_max, s_inverse, t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, divergence,
+            beta, rest, at_label, value0, value1,
+            DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
+        )  # fmt: skip
+    return tl.sum(value0, 0), tl.sum(value1, 0)

@@ -1,0 +1,191 @@
+"""Of the Triton kernels, what the shared tests meet by chance alone: alignments, offsets beyond 32
+bits, the selection by itself. On a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from conftest import BACKENDS, INF, NAN, check, normal, pair, some_labels
+
+import fastkd
+
+if fastkd.backends()["triton"]:
+    pytest.skip("; ".join(fastkd.backends()["triton"]), allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from fastkd.triton_math import row_offset
+from fastkd.triton_select import kth_largest
+
+TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
+V = 2067
+
+
+def placed(values: torch.Tensor, pad: int, offset: int) -> torch.Tensor:
+    """The same rows, each `pad` columns after the one before, `offset` elements into a storage."""
+    N = values.shape[0]
+    base = torch.zeros(offset + N * (V + pad), dtype=values.dtype)
+    return base[offset:].view(N, V + pad)[:, :V].copy_(values)
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16), (torch.float16, torch.float32),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("places", [
+    ((0, 0), (0, 0)),  # rows of 2067 begin anywhere, student, teacher and gradient alike
+    ((5, 0), (5, 3)),  # whole vectors in none of the three alike
+    ((0, 8), (8, 0)),  # and in all
+    ((0, 3), (0, 3)),
+    ((0, 1), (1, 0)),
+])  # fmt: skip
+def test_alignments(dtypes, places):
+    s, t = pair(3, V, dtype=dtypes[0], teacher_dtype=dtypes[1])
+    s, t = placed(s, *places[0]), placed(t, *places[1])
+    labels = some_labels(3, V, ignored=(1,))
+    for inplace in (False, True):
+        check(TRITON, s, t, labels, alpha=0.5, inplace=inplace)
+    check(TRITON, s, t, top_k=77, beta=1.0, inplace=True)
+    check(TRITON, s, t, vocab_size=1000, beta=0.3)
+
+
+def test_nothing_is_written_beside_the_rows():
+    """The gaps between rows, and what stands before the first and after the last."""
+    for dtype in (torch.float32, torch.bfloat16):
+        s, t = pair(3, V, dtype=dtype)
+        base = torch.full((3, V + 13), 77.0, dtype=dtype, device=TRITON.device)
+        base[:, 5 : 5 + V] = s
+        vector = torch.ones(3, device=TRITON.device)
+        t, rows = t.to(TRITON.device), base[:, 5 : 5 + V]
+        torch.ops.fastkd.kd_rows_triton(rows, t, None, vector, vector, vector, None, rows, V, V, 0)
+        torch.ops.fastkd.scale_rows_triton_(rows, 2 * vector)
+        assert (base[:, :5] == 77).all() and (base[:, 5 + V :] == 77).all()
+        assert (rows != s.to(TRITON.device)).any(-1).all()
+
+
+def test_rows_of_two_and_of_three_dimensions():
+    s, t = (x.to(TRITON.device) for x in pair(6, 30))
+    vector = torch.linspace(0.5, 1, 6, device=TRITON.device)
+    results = []
+    for student_shape, teacher_shape in (((), ()), ((2, 3), ()), ((), (2, 3)), ((2, 3), (2, 3))):
+        student, teacher = (
+            s.view(*(student_shape or (6,)), 30),
+            t.view(*(teacher_shape or (6,)), 30),
+        )
+        for shape in ((6, 30), (2, 3, 30)):
+            g = torch.empty(shape, device=TRITON.device)
+            soft, _ = torch.ops.fastkd.kd_rows_triton(
+                student, teacher, None, vector, vector, vector, None, g, 30, 30, 0.0
+            )
+            results.append((soft, g.view(6, 30)))
+    for soft, g in results[1:]:
+        assert torch.equal(soft, results[0][0]) and torch.equal(g, results[0][1])
+
+
+def test_the_bare_op_reads_nothing_that_is_not_there():
+    s, vector = torch.zeros(3, 9), torch.ones(3)
+    good = [s, s, None, vector, vector, vector, None, s.clone(), 9, 9, 0.0]
+
+    def refused(**replaced):
+        arguments = list(good)
+        for place, value in replaced.items():
+            arguments[int(place[1:])] = value
+        arguments = [x.to(TRITON.device) if torch.is_tensor(x) else x for x in arguments]
+        with pytest.raises(ValueError, match="fastkd"):
+            torch.ops.fastkd.kd_rows_triton(*arguments)
+
+    refused(_1=s[:2])
+    refused(_1=s[:, :8])
+    refused(_1=s.T.contiguous().T)
+    refused(_1=s.double())
+    refused(_2=torch.zeros(2, dtype=torch.int64))
+    refused(_2=torch.zeros(3, dtype=torch.int32))
+    refused(_3=vector[:2])
+    refused(_4=vector.double())
+    refused(_5=torch.ones(6)[::2])
+    refused(_6=vector)  # without labels
+    refused(_7=s[:2].clone())
+    refused(_7=torch.zeros(3, 10))
+    refused(_8=0)
+    refused(_9=10)
+    refused(_9=0)
+    with pytest.raises(ValueError, match="scale"):
+        torch.ops.fastkd.scale_rows_triton_(s.to(TRITON.device), torch.ones(2))
+
+
+@triton.jit
+def offset_kernel(out, row, shift, inner, outer_stride: tl.int64, inner_stride: tl.int64):
+    tl.store(out, row_offset(row, shift, inner, outer_stride, inner_stride))
+
+
+def test_offsets_have_64_bits():
+    out = torch.zeros(1, dtype=torch.int64, device=TRITON.device)
+    for row, inner, outer, stride in (
+        (8191, 8192, 0, 262144), (8191, 1, 262144, 7), (12345, 100, 2**33 + 1, 2**31 + 3),
+    ):  # fmt: skip
+        offset_kernel[(1,)](out, row, 5, inner, outer, stride)
+        assert out.item() == 5 + row // inner * outer + row % inner * stride
+
+
+@triton.jit
+def threshold_kernel(
+    values, out, columns, keep, stride, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    LANE: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    threshold = kth_largest(values + row * stride, 0, columns, keep, VECTOR, BLOCK, LANE, SAMPLE)
+    tl.store(out + row, threshold)
+
+
+def families(n: int) -> dict[str, torch.Tensor]:
+    base = normal(n)
+    few = base.clone()
+    few[::3] = -INF
+    return {
+        "normal": base,
+        "rounded": base.round(),
+        "sorted": base.sort().values,
+        "two values": (base > 0).float(),
+        "constant": torch.full((n,), -1.25),
+        "zeros of both signs": torch.where(base > 0, 0.0, -0.0),
+        "many -inf": few,
+        "one finite": torch.full((n,), -INF).index_fill_(0, torch.tensor([n // 2]), 3.0),
+        "some inf": base.clone().index_fill_(0, torch.tensor([0, n - 1]), INF),
+        "subnormal": base * 1e-40,
+        "extremes": base.sign() * 6e4 + base,
+        "wide": base.sign() * 10 ** (base * 1.5),
+        "heavy tail": base**5,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_selection_is_exact(dtype):
+    """All classes at least as large as the keep-th of torch.sort, and no other."""
+    n = 1500
+    values = torch.stack(list(families(n).values())).to(dtype)
+    width = 512 if TRITON.interpreted else 2048
+    out = torch.zeros(len(values), device=TRITON.device)
+    on_device = torch.nn.functional.pad(values, (0, 36)).to(TRITON.device)
+    for keep in (1, 300, 1499):
+        threshold_kernel[(len(values),)](
+            on_device, out, n, keep, n + 36, VECTOR=4, BLOCK=width, LANE=4, SAMPLE=64
+        )
+        expected = values >= values.sort(-1, descending=True).values[:, keep - 1 : keep]
+        actual = values >= out.cpu()[:, None].to(dtype)
+        assert torch.equal(out.cpu(), out.cpu().to(dtype).float()), "not a number of this dtype"
+        for i, name in enumerate(families(n)):
+            assert torch.equal(actual[i], expected[i]), (name, keep, out[i].item())
+
+
+def test_selection_keeps_a_nan():
+    values = normal(1, 700)
+    for count in (1, 5, 700):
+        values[0, :count] = NAN
+        out = torch.zeros(1, device=TRITON.device)
+        for keep in (1, 3, 699):
+            threshold_kernel[(1,)](
+                values.to(TRITON.device), out, 700, keep, 700,
+                VECTOR=4, BLOCK=512, LANE=4, SAMPLE=64,
+            )  # fmt: skip
+            assert not (values[0, :count] < out.item()).any()
+            assert out.item() == INF or (values[0, count:] >= out.item()).sum() == keep - count

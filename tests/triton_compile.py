@@ -1,0 +1,343 @@
+"""Kernels compiled for GPUs that are not here, and what their machine code says of itself.
+
+The host side of the backend runs as it is, on CPU tensors and under a driver that knows a target
+and no device: every launch becomes a compilation, specialised as a launch on that GPU would be.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastkd import triton_launch
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {
+    **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+
+
+class _Driver:
+    """A target without a device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def captured(target: GPUTarget) -> Iterator[list]:
+    """The compiled kernels of all launches inside, in order."""
+    kernels: list = []
+    launch, driver = JITFunction.run, triton.runtime.driver
+    active = driver._active
+    seen = set()
+
+    def run(self, *args, grid, warmup, **options):
+        if id(self) not in seen:  # what is cached per device belongs to another target
+            seen.add(id(self))
+            self.device_caches.clear()
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        kernels.append(kernel)
+        return kernel
+
+    driver.set_active(_Driver(target))
+    triton_launch._warp_size.cache_clear()
+    JITFunction.run = run
+    try:
+        yield kernels
+    finally:
+        JITFunction.run, driver._active = launch, active
+        triton_launch._warp_size.cache_clear()
+
+
+@dataclass
+class Loop:
+    """One innermost loop that touches global memory."""
+
+    instructions: int = 0
+    loads: Counter = field(default_factory=Counter)  # number by bytes
+    stores: Counter = field(default_factory=Counter)
+    exponentials: int = 0
+    barriers: int = 0  # and shuffles
+    spills: int = 0
+
+    @property
+    def bytes_loaded(self) -> int:
+        return sum(size * count for size, count in self.loads.items())
+
+    @property
+    def bytes_stored(self) -> int:
+        return sum(size * count for size, count in self.stores.items())
+
+
+@dataclass
+class Report:
+    registers: int
+    spilled: int  # bytes
+    shared: int
+    instructions: int
+    loops: list[Loop]
+
+
+def _tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+def report(kernel) -> Report:
+    return _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel)
+
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def _nvidia(kernel) -> Report:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target\s+(sm_\w+)", kernel.asm["ptx"])[1]
+        ptxas = get_ptxas(int(re.sub(r"\D", "", target))).path
+        log = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={target}", ptx, "-o", Path(folder, "o.cubin")],
+            capture_output=True, text=True,
+        ).stderr  # fmt: skip
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        sass = _tool("nvdisasm", "-c", str(cubin))
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(code)
+        elif instruction := INSTRUCTION.match(line):
+            code.append(instruction[2])
+    return Report(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spilled=int(spills[1]) + int(spills[2]),
+        shared=kernel.metadata.shared,
+        instructions=len(code),
+        loops=[_census([code[i] for i in sorted(nodes)]) for nodes in _inner_loops(code, labels)],
+    )
+
+
+def _operation(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def _inner_loops(code: list[str], labels: dict[str, int]) -> list[frozenset[int]]:
+    """Natural loops without another inside: a branch backwards alone may be to a cold block."""
+    n = len(code)
+    successors: list[list[int]] = [[] for _ in range(n)]
+    back = []
+    for i, text in enumerate(code):
+        guarded = text.startswith("@")
+        name = _operation(text).split(".")[0]
+        target = re.search(r"`\((\.L_x_\d+)\)", text) if name == "BRA" else None
+        if target and target[1] in labels:
+            j = labels[target[1]]
+            conditional = guarded or re.search(r"BRA\S*\s+!?U?P", text)
+            successors[i].append(j)
+            if conditional and i + 1 < n:
+                successors[i].append(i + 1)
+            if j <= i:
+                back.append((j, i))
+        elif i + 1 < n and (guarded or name not in ("EXIT", "RET", "BRX", "JMX", "KILL")):
+            successors[i].append(i + 1)
+    predecessors: list[list[int]] = [[] for _ in range(n)]
+    for i, after in enumerate(successors):
+        for j in after:
+            predecessors[j].append(i)
+    loops = set()
+    for head, tail in back:
+        reached, todo = {head}, [head]
+        while todo:
+            for j in successors[todo.pop()]:
+                if j not in reached:
+                    reached.add(j)
+                    todo.append(j)
+        if tail not in reached:
+            continue
+        nodes, todo = {head, tail}, [tail]
+        while todo:
+            i = todo.pop()
+            if i == head:
+                continue
+            for j in predecessors[i]:
+                if j not in nodes and j in reached:
+                    nodes.add(j)
+                    todo.append(j)
+        loops.add(frozenset(nodes))
+    return sorted((a for a in loops if not any(b < a for b in loops)), key=min)
+
+
+def _census(code: list[str]) -> Loop:
+    loop = Loop(len(code))
+    for text in code:
+        operation = _operation(text)
+        name, *modifiers = operation.split(".")
+        size = next((WIDTHS[m] for m in modifiers if m in WIDTHS), 4)
+        loop.loads[size] += name == "LDG"
+        loop.stores[size] += name == "STG"
+        loop.exponentials += operation.startswith("MUFU.EX2")
+        loop.barriers += name in ("BAR", "SHFL")
+        loop.spills += name in ("LDL", "STL")
+    loop.loads, loop.stores = +loop.loads, +loop.stores
+    return loop
+
+
+def _amd(kernel) -> Report:
+    """Of an AMD kernel, with all its memory accesses as if in one loop."""
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    code = re.findall(r"^\t((?:[sv]|global|buffer|ds|flat|scratch)_\w+)", text, re.MULTILINE)
+    loop = Loop(len(code))
+    for name in code:
+        if access := re.match(r"(?:global|buffer)_(load|store)_(\w+)", name):
+            width = re.match(r"(?:dword|b)(?:x?(\d+))?$", access[2])
+            size = 2
+            if width:
+                size = int(width[1] or 1) * (4 if "dword" in access[2] else 0.125)
+            (loop.loads if access[1] == "load" else loop.stores)[int(size)] += 1
+        loop.exponentials += name.startswith("v_exp_f32")
+        loop.barriers += name == "s_barrier"
+        loop.spills += name.startswith("scratch_")
+    return Report(
+        registers=number("vgpr_count"),
+        spilled=4 * number("vgpr_spill_count"),
+        shared=kernel.metadata.shared,
+        instructions=len(code),
+        loops=[loop],
+    )
+
+
+VARIANTS: dict[str, dict] = {
+    "forward": {},
+    "forward, no gradient": {"gradient": False},
+    "forward + hard": {"hard": True},
+    "reverse": {"beta": 1.0},
+    "mixture": {"beta": 0.3},
+    "pruned": {"keep": 1},
+    "pruned mixture + hard": {"keep": 7, "beta": 0.3, "hard": True},
+    "hard": {"hard": True, "soft": False},
+    "float32 teacher": {"teacher_dtype": torch.float32},
+    "rows not alike": {"teacher_pad": 1},
+}
+
+
+def launch(
+    dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 50257, *,
+    teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, keep: int | None = None,
+    beta: float = 0.0, hard: bool = False, soft: bool = True, gradient: bool = True,
+) -> None:  # fmt: skip
+    """One call of the op; inside `captured` nothing is read or written."""
+    student = torch.empty(N, V, dtype=dtype)
+    teacher = torch.empty(N, V + teacher_pad, dtype=teacher_dtype or dtype)
+    vector = torch.empty(N)
+    triton_launch.kd_rows(
+        student, teacher, torch.empty(N, dtype=torch.int64) if hard else None, vector, vector,
+        vector if soft else None, vector if hard else None,
+        torch.empty_like(student) if gradient else None,
+        V if keep is None else keep, V, beta,
+    )  # fmt: skip
+
+
+class Costs(NamedTuple):
+    """Per pair of logits: of the first pass, and of the second for ordinary and careful rows."""
+
+    sums: Loop
+    quick: Loop
+    careful: Loop
+    pairs: int  # per iteration, of all three
+
+
+def costs(report: Report, bytes_per_pair: int) -> Costs:
+    """Of KL(p || q), found by what its loops do; those of ragged tiles are longer."""
+    loops = [loop for loop in report.loops if loop.exponentials]
+    sums = [loop for loop in loops if not loop.stores]
+    second = [loop for loop in loops if loop.stores and min(loop.stores) == 16]
+    first, quick = min(sums, key=size), min(second, key=size)
+    careful = max(second, key=size)
+    pairs = first.bytes_loaded // bytes_per_pair
+    assert all(x.bytes_loaded == pairs * bytes_per_pair for x in (first, quick, careful))
+    return Costs(first, quick, careful, pairs)
+
+
+def size(loop: Loop) -> int:
+    return loop.instructions
+
+
+def table_row(target: str, dtype: torch.dtype, variant: str, report: Report) -> str:
+    row = f"{target:8} {str(dtype)[6:]:9} {variant:22} {report.registers:4} {report.spilled:4} "
+    row += f"{report.shared:5} {report.instructions:6}"
+    if target.startswith("sm_") and variant == "forward":
+        c = costs(report, 2 * dtype.itemsize)
+        row += f"  {c.sums.instructions / c.pairs:5.2f} {c.quick.instructions / c.pairs:5.2f} "
+        row += f"{c.careful.instructions / c.pairs:5.2f} "
+        row += f"{(c.sums.exponentials + c.quick.exponentials) / c.pairs:5.2f}"
+    return row
+
+
+def cases() -> list[tuple[str, torch.dtype, str]]:
+    """Every variant in bfloat16 for one target, the main ones for all targets and dtypes."""
+    found = [("sm_90", torch.bfloat16, variant) for variant in VARIANTS]
+    for target in TARGETS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            found.append((target, dtype, "forward"))
+        found += [(target, torch.bfloat16, v) for v in ("pruned mixture + hard", "reverse")]
+    return list(dict.fromkeys(found))
+
+
+TABLE = Path(__file__).with_name("triton_table.txt")
+HEADER = f"""# What the Triton kernels compile to at V = 50257: python tests/triton_compile.py
+# Per pair, of KL(p || q): instructions of the first pass, of the second one in ordinary and in
+# careful rows, and exponentials of ordinary rows.
+# triton {triton.__version__}
+# target  dtype     variant                regs spill shared instr    sums quick careful exp2
+"""
+
+
+def main() -> None:
+    rows = []
+    for target, dtype, variant in cases():
+        with captured(TARGETS[target]) as kernels:
+            launch(dtype, **VARIANTS[variant])
+        rows.append(table_row(target, dtype, variant, report(kernels[0])))
+        print(rows[-1], flush=True)
+    TABLE.write_text(HEADER + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
