@@ -244,7 +244,9 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     hard_weight = hard_scale if hard_scale is None or alpha == 0 else hard_scale * (1 - alpha)
     scale, weights = None, [soft_weight, hard_weight]
     if dstudent is not None and dstudent.dtype == torch.float16:
-        scale = _float16_scale(request.student_inv_temperature, *weights, request.beta)
+        scale = _float16_scale(
+            request.student_inv_temperature, soft_weight, hard_weight, request.beta
+        )
         weights = [None if weight is None else weight * scale for weight in weights]
     student_rows = as_rows(student)
     dstudent_rows = None
