@@ -167,11 +167,7 @@ def constant(name: str, kernel: str = "kd_rows") -> int:
 
 def vectors(variant: str) -> int:
     """Of 8 columns, that a thread of this variant of kd_rows holds in registers."""
-    kind = "Cluster" if "Cluster" in variant else "Ticket"
-    try:
-        return constant(f"k{kind}Vectors")
-    except LookupError:  # the same for both
-        return constant("kVectors")
+    return constant("kClusterVectors" if "Cluster" in variant else "kTicketVectors")
 
 
 def registers_allowed(kernel: str) -> int:

@@ -31,6 +31,16 @@ struct View {
         columns(static_cast<int>(columns)),
         split(split) {}
 
+  // A copy of one in shared memory.
+  static __device__ __forceinline__ View again(const View& v) {
+    View copy;
+    copy.data = fresh(v.data);
+    copy.dtype = fresh(v.dtype);
+    copy.columns = fresh(v.columns);
+    copy.split = fresh(v.split);
+    return copy;
+  }
+
   __device__ bool is_float() const { return dtype == DType::kFloat; }
 
   // The lane's first 4 and last 4 columns.

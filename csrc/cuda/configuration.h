@@ -4,13 +4,15 @@
 
 namespace fastkd::cuda {
 
-// A thread holds kVectors times 8 columns of both rows in registers: 16 kVectors of them.
-constexpr int kVectors = 4;
+// A thread holds so many times 8 columns of both rows in registers, 16 for each. By tickets one
+// less: their buffers' addresses need registers as well.
+constexpr int kClusterVectors = 4;
+constexpr int kTicketVectors = 3;
 constexpr int kThreads = 256;     // of a CTA, mostly
 constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multiprocessor has
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
-constexpr int kMaxTickets = 128;  // 2^20 classes in slices of 8192
+constexpr int kMaxTickets = 171;  // 2^20 classes in slices of 6144
 
 struct Plan {
   const char* error = nullptr;

@@ -31,6 +31,7 @@ __device__ __forceinline__ uint4 vector_of(const Sums& sums, int i) {
 
 class Cluster {
  public:
+  static constexpr int kVectors = kClusterVectors;
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
@@ -121,6 +122,7 @@ struct TicketSpace {
 // the plan sees to. Nothing is left behind for the next launch: a memset precedes each.
 class Tickets {
  public:
+  static constexpr int kVectors = kTicketVectors;
   struct Shared {
     Sums inbox[kMaxTickets];
     int row, rank;

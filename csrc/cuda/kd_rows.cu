@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       exchange.ready();
       row.write_terms(0, 0);
       row.fill_gradient(0);
-    } else if (row.a.label < 0) {
+    } else if (row.label() < 0) {
       exchange.ready();
       row.write_terms(kNaN, kNaN);
       row.fill_gradient(kNaN);
     } else {
       bool done = false;
-      if (row.a.longest <= warps() * kVectors) {
+      if (row.longest() <= warps() * Exchange::kVectors) {
         done = Registers<Exchange, kMode>(row).run();
       } else {
         exchange.ready();
@@ -178,19 +178,19 @@ Plan plan(const KdRows& call) {
   plan.error = device.error;
   const int64_t steps = (call.vocab_size + kStep - 1) / kStep;
   int64_t parts = 0;
-  const auto use = [&](int threads) {
+  const auto use = [&](int threads, int vectors) {
     plan.threads = std::min(limits.threads, threads);
-    const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * kVectors);
+    const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * vectors);
     parts = (steps + capacity - 1) / capacity;
   };
   const int cluster = std::min(device.cluster, limits.cluster);
-  use(kThreads);
-  if (parts > cluster && cluster > 0) use(kMaxThreads);
+  use(kThreads, kClusterVectors);
+  if (parts > cluster && cluster > 0) use(kMaxThreads, kClusterVectors);
   plan.cluster = parts <= cluster || limits.tickets == 0;
   if (plan.cluster) {
     parts = std::min<int64_t>(parts, cluster);
   } else {
-    use(kThreads);
+    use(kThreads, kTicketVectors);
     parts = std::min<int64_t>({parts, device.places, limits.tickets});
     plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
   }

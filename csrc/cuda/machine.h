@@ -177,6 +177,12 @@ __device__ __forceinline__ void store_async(uint4* variable, uint4 v, uint64_t* 
 
 namespace fastkd::cuda {
 
+// Read now, and not kept in a register from an earlier time.
+template <class T>
+__device__ __forceinline__ T fresh(const T& in_shared_memory) {
+  return *static_cast<const volatile T*>(&in_shared_memory);
+}
+
 constexpr unsigned kWholeWarp = ~0u;
 constexpr int kLanes = 32;
 

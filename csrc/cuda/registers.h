@@ -13,17 +13,17 @@ class Registers {
   // False where the row has to be read again: infinities, or sums that cancel.
   __device__ bool run() {
     load();
-    if (row_.a.own_hard) sum_hard();
-    if (row_.a.pruned) prune();
-    if (row_.a.has_soft) sum_soft();
+    if (row_.own_hard()) sum_hard();
+    if (row_.pruned()) prune();
+    if (row_.has_soft()) sum_soft();
     sums_.label = row_.label_logit();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
-      if (kMode != Mode::kMixture && row_.a.has_soft) row_.shared.divergence = divergence(sums);
+      if (kMode != Mode::kMixture && row_.has_soft()) row_.shared.divergence = divergence(sums);
     });
     const float label = total.label;
     const Sums sums = total;
-    Divergence soft{0, 0, true};
-    if (row_.a.has_soft) {
+    Divergence soft{0, 0, 0, true};
+    if (row_.has_soft()) {
       if constexpr (kMode == Mode::kMixture) {
         soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf;
       } else {
@@ -32,16 +32,16 @@ class Registers {
       if (!soft.exact) return false;
     }
     float hard = 0;
-    if (row_.a.shares) {
+    if (row_.shares()) {
       hard = row_.hard_term(kReverse ? sums.lead : sums.other,
                             kReverse ? sums.lead_frame : sums.other_frame, student_scale(), label);
-    } else if (row_.a.has_hard) {
+    } else if (row_.has_hard()) {
       hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label);
     }
     const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
     const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
     float from_student = 0;
-    if (kMode == Mode::kMixture && row_.a.has_soft) {
+    if (kMode == Mode::kMixture && row_.has_soft()) {
       const Sums mixed = mix(lead, other);
       from_student = mixed.other;
       const float beta = static_cast<float>(row_.call.beta);
@@ -53,7 +53,7 @@ class Registers {
       row_.fill_gradient(kNaN);
     } else {
       find_factors(sums, soft, lead, other, from_student);
-      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.a.hard_weight);
+      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.hard_weight());
       row_.fill_beyond();
     }
     return true;
@@ -61,21 +61,23 @@ class Registers {
 
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
+  static constexpr int kVectors = Exchange::kVectors;
 
-  __device__ int step(int i) const { return row_.a.begin + warp() + i * warps(); }
+  __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }
   __device__ int last() const {  // the last step of this warp, or one beyond the slice
-    int step = row_.a.begin + warp();
-    while (step + warps() < row_.a.end) step += warps();
+    int step = row_.begin() + warp();
+    while (step + warps() < row_.end()) step += warps();
     return step;
   }
-  __device__ float student_scale() const { return row_.a.student_inverse * kLog2E; }
-  __device__ float teacher_scale() const { return row_.a.teacher_inverse * kLog2E; }
+  __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
+  __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
 
   template <class Fn>
   __device__ __forceinline__ void each(const Fn& fn) {
+    const int first = step(0), end = row_.end();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (step(i) < row_.a.end) fn(i);
+      if (first + i * warps() < end) fn(i);
     }
   }
 
@@ -85,7 +87,7 @@ class Registers {
   __device__ __forceinline__ void each_in_turn(const Fn& fn, const Rotate& rotate) {
 #pragma unroll 1
     for (int i = 0; i < kVectors; ++i) {
-      if (step(i) < row_.a.end) fn(i);
+      if (step(i) < row_.end()) fn(i);
       rotate();
     }
   }
@@ -109,14 +111,18 @@ class Registers {
   __device__ __forceinline__ void load() {
     Packed student[kVectors], teacher[kVectors];
     const int last = this->last();
-    if (is_whole(row_.a.student, last) && (!row_.a.has_soft || is_whole(row_.a.teacher, last))) {
-      each([&](int i) { student[i] = load_whole(row_.a.student, step(i)); });
-      if (row_.a.has_soft) each([&](int i) { teacher[i] = load_whole(row_.a.teacher, step(i)); });
+    if (is_whole(row_.student(), last) && (!row_.has_soft() || is_whole(row_.teacher(), last))) {
+      const auto load_all = [&](const View& view, Packed(&packed)[kVectors]) {
+        const int first = step(0);
+        each([&](int i) { packed[i] = load_whole(view, first + i * warps()); });
+      };
+      load_all(row_.student(), student);
+      if (row_.has_soft()) load_all(row_.teacher(), teacher);
     } else {
       each_in_turn(
           [&](int i) {
-            student[0] = load_packed(row_.a.student, step(i));
-            if (row_.a.has_soft) teacher[0] = load_packed(row_.a.teacher, step(i));
+            student[0] = load_packed(row_.student(), step(i));
+            if (row_.has_soft()) teacher[0] = load_packed(row_.teacher(), step(i));
           },
           [&] {
             rotate(student);
@@ -124,8 +130,8 @@ class Registers {
           });
     }
     row_.exchange.ready();
-    unpack_all(row_.a.student.dtype, student, student_);
-    if (row_.a.has_soft) unpack_all(row_.a.teacher.dtype, teacher, teacher_);
+    unpack_all(row_.student().dtype, student, student_);
+    if (row_.has_soft()) unpack_all(row_.teacher().dtype, teacher, teacher_);
   }
 
   __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
@@ -162,7 +168,7 @@ class Registers {
 
   // Classes below the threshold no longer exist on either side.
   __device__ __forceinline__ void prune() {
-    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.a.teacher.dtype,
+    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
                                         row_.call.keep, [&](const auto& fn) {
                                           each([&](int i) {
 #pragma unroll
@@ -181,7 +187,7 @@ class Registers {
       }
     });
     // A NaN is lost with its class: it has to show in the sums.
-    if (nan) poison_ = kNaN;
+    if (nan) student_[0][0] = teacher_[0][0] = kNaN;
   }
 
   __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
@@ -198,7 +204,7 @@ class Registers {
     sums_.lead_frame = maximum(lead) * lead_scale;
     sums_.other_frame = maximum(other) * other_scale;
     const float lead_frame = used(sums_.lead_frame), other_frame = used(sums_.other_frame);
-    float sum_lead = poison_, sum_other = 0, difference = 0, excess = 0, cross = 0;
+    float sum_lead = 0, sum_other = 0, difference = 0, excess = 0, cross = 0;
     each([&](int i) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -271,12 +277,21 @@ class Registers {
   // and the hard weight times q besides.
   __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
                                                float other, float from_student) {
-    const float weight = row_.a.soft_weight * row_.a.student_inverse;
-    const float hard = row_.a.shares ? row_.a.hard_weight : 0.0f;
-    const bool off = row_.a.soft_weight == 0;
+    const float weight = row_.soft_weight() * row_.student_inverse();
+    const float hard = row_.shares() ? row_.hard_weight() : 0.0f;
+    const bool off = row_.soft_weight() == 0;
     if constexpr (kMode == Mode::kForward) {
-      a_ = other * ((off ? 0 : weight) + hard);
-      b_ = off ? 0 : lead * weight;
+      // q / p - 1 in the frames of this warp: small where the two sides agree.
+      const float D = ((sums.other_frame - used(sums_.other_frame)) -
+                       (sums.lead_frame - used(sums_.lead_frame))) *
+                      kLn2;
+      float gap = other - lead;
+      if (fabsf(D) < 0.25f && fabsf(soft.ratio) < 0.5f && lead > 0 && other > 0) {
+        gap = lead * (D * D * phi_series(D) - D - soft.ratio) / (1 + soft.ratio);
+        other = lead + gap;
+      }
+      const float scaled = off ? 0 : weight;
+      forward_ = Combination(other * (scaled + hard), lead * scaled, gap * scaled + other * hard);
     } else if constexpr (kMode == Mode::kReverse) {
       const float shift =
           (used(sums_.lead_frame) - sums.lead_frame) - (used(sums_.other_frame) - sums.other_frame);
@@ -296,8 +311,7 @@ class Registers {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if constexpr (kMode == Mode::kForward) {
-        // Rounded alike, so that equal logits give exactly 0.
-        gradient[j] = __fmul_rn(student[j], a_) - __fmul_rn(teacher[j], b_);
+        gradient[j] = forward_(student[j] - teacher[j], student[j], teacher[j]);
       } else {
         gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
       }
@@ -305,13 +319,16 @@ class Registers {
   }
 
   __device__ __forceinline__ void write_gradient(float hard) {
-    const bool own_hard = row_.a.own_hard && row_.a.hard_weight != 0;
-    if (row_.a.has_soft && !own_hard && is_whole(row_.a.dstudent, last())) {
+    const bool own_hard = row_.own_hard() && row_.hard_weight() != 0;
+    const View dstudent = row_.dstudent();
+    if (row_.has_soft() && !own_hard && is_whole(dstudent, last())) {
+      const int first = step(0);
       each([&](int i) {
         float gradient[kPerLane];
         find_gradient(student_[i], teacher_[i], gradient);
-        row_.add_label(step(i), gradient);
-        store_whole(row_.a.dstudent, step(i), pack(row_.a.dstudent.dtype, gradient));
+        const int step = first + i * warps();
+        row_.add_label(step, gradient);
+        store_whole(dstudent, step, pack(dstudent.dtype, gradient));
       });
       return;
     }
@@ -319,11 +336,11 @@ class Registers {
     each_in_turn(
         [&](int i) {
           float gradient[kPerLane] = {};
-          if (row_.a.has_soft) find_gradient(student_[0], teacher_[0], gradient);
+          if (row_.has_soft()) find_gradient(student_[0], teacher_[0], gradient);
           if (own_hard) {
             // Their logits are in L2 since a moment ago; no other thread has written over them.
             float logits[kPerLane];
-            unpack(row_.a.student.dtype, load_packed(row_.a.student, step(i)), logits);
+            unpack(row_.student().dtype, load_packed(row_.student(), step(i)), logits);
 #pragma unroll
             for (int j = 0; j < kPerLane; ++j) {
               const float e = exp2_approx(fmaf(logits[j], kLog2E, -frame));
@@ -331,7 +348,7 @@ class Registers {
             }
           }
           row_.add_label(step(i), gradient);
-          store_packed(row_.a.dstudent, step(i), pack(row_.a.dstudent.dtype, gradient));
+          store_packed(dstudent, step(i), pack(dstudent.dtype, gradient));
         },
         [&] {
           rotate(student_);
@@ -344,7 +361,7 @@ class Registers {
   Row<Exchange>& row_;
   float student_[kVectors][kPerLane], teacher_[kVectors][kPerLane];
   Sums sums_;  // of this warp
-  float poison_ = 0;
+  Combination forward_;
   float a_ = 0, b_ = 0;
 };
 

@@ -10,13 +10,13 @@ class Reread {
  public:
   __device__ explicit Reread(Row<Exchange>& row)
       : row_(row),
-        student_inverse_(row.a.student_inverse),
-        teacher_inverse_(row.a.teacher_inverse),
+        student_inverse_(row.student_inverse()),
+        teacher_inverse_(row.teacher_inverse()),
         beta_(static_cast<float>(row.call.beta)) {}
 
   __device__ void run() {
-    if (row_.a.pruned) {
-      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.a.teacher.dtype,
+    if (row_.pruned()) {
+      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
                                row_.call.keep, [&](const auto& fn) {
                                  each_step([&](int, const float*, const float* teacher) {
                                    for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);
@@ -24,9 +24,9 @@ class Reread {
                                });
     }
     find_maxima();
-    Divergence soft{0, 0, true};
+    Divergence soft{0, 0, 0, true};
     Sums sums = sum(soft);
-    if (row_.a.has_soft && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
+    if (row_.has_soft() && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
         sums.other > 0 && soft.log_ratio < kInf && soft.log_ratio > -kInf) {
       // Once more, with the two sides alike: nothing of what is summed then cancels.
       other_frame() += soft.log_ratio;
@@ -38,7 +38,7 @@ class Reread {
     per_q_ = 1 / student_sum;
     per_p_ = 1 / teacher_sum;
     float value = soft.value, from_student = 0;
-    if (!row_.a.has_soft) {
+    if (!row_.has_soft()) {
       value = 0;
     } else if (!mass) {
       value = kNaN;
@@ -50,10 +50,10 @@ class Reread {
       value = kInf;
     }
     float hard = 0;
-    if (row_.a.has_hard) {
+    if (row_.has_hard()) {
       // The frame of the shared exponentials is in natural units, and T is 1.
-      const float sum = row_.a.shares ? student_sum : sums.hard;
-      const float frame = row_.a.shares ? student_frame_ : hard_frame_;
+      const float sum = row_.shares() ? student_sum : sums.hard;
+      const float frame = row_.shares() ? student_frame_ : hard_frame_;
       hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
     }
     row_.write_terms(value, hard);
@@ -61,7 +61,7 @@ class Reread {
     if (row_.template is_lost<kMode>(value, hard)) {
       row_.fill_gradient(kNaN);
     } else {
-      write_gradient(soft, from_student, row_.a.hard_weight / sums.hard);
+      write_gradient(soft, from_student, row_.hard_weight() / sums.hard);
       row_.fill_beyond();
     }
   }
@@ -73,18 +73,18 @@ class Reread {
 
   template <class Fn>
   __device__ void each_step(const Fn& fn) {
-    for (int step = row_.a.begin + warp(); step < row_.a.end; step += warps()) {
+    for (int step = row_.begin() + warp(); step < row_.end(); step += warps()) {
       float student[kPerLane], teacher[kPerLane];
-      const Packed packed_student = load_packed(row_.a.student, step);
-      if (row_.a.has_soft) unpack(row_.a.teacher.dtype, load_packed(row_.a.teacher, step), teacher);
-      unpack(row_.a.student.dtype, packed_student, student);
+      const Packed packed_student = load_packed(row_.student(), step);
+      if (row_.has_soft()) unpack(row_.teacher().dtype, load_packed(row_.teacher(), step), teacher);
+      unpack(row_.student().dtype, packed_student, student);
       fn(step, student, teacher);
     }
   }
 
   // Pruned classes are at -inf on both sides.
   __device__ void prune(float* student, float* teacher) const {
-    if (!row_.a.pruned) return;
+    if (!row_.pruned()) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if (teacher[j] >= threshold_) continue;
@@ -95,7 +95,7 @@ class Reread {
   template <class Fn>
   __device__ void each_pruned(const Fn& fn) {
     each_step([&](int step, float* student, float* teacher) {
-      if (row_.a.has_soft) prune(student, teacher);
+      if (row_.has_soft()) prune(student, teacher);
       fn(step, student, teacher);
     });
   }
@@ -109,9 +109,9 @@ class Reread {
       for (int j = 0; j < kPerLane; ++j) {
         hard_max = fmaxf(hard_max, student[j]);
         // A NaN of a pruned class is lost with it: it has to show in the sums.
-        nan |= row_.a.pruned && (student[j] != student[j] || teacher[j] != teacher[j]);
+        nan |= row_.pruned() && (student[j] != student[j] || teacher[j] != teacher[j]);
       }
-      if (!row_.a.has_soft) return;
+      if (!row_.has_soft()) return;
       prune(student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -172,13 +172,13 @@ class Reread {
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
     each_step([&](int, float* student, float* teacher) {
-      if (row_.a.own_hard) {
+      if (row_.own_hard()) {
         float hard = 0;
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) hard += exponential(student[j] - hard_frame_);
         sums.hard += hard;
       }
-      if (!row_.a.has_soft) return;
+      if (!row_.has_soft()) return;
       prune(student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
 #pragma unroll
@@ -247,17 +247,20 @@ class Reread {
   }
 
   __device__ void write_gradient(const Divergence& soft, float from_student, float hard) {
-    const float weight = row_.a.soft_weight * student_inverse_;
-    const float shared_hard = row_.a.shares ? row_.a.hard_weight : 0.0f;
+    const float weight = row_.soft_weight() * student_inverse_;
+    const float shared_hard = row_.shares() ? row_.hard_weight() : 0.0f;
+    const bool alike = fabsf(soft.ratio) < 0.5f;
+    const Combination forward(per_q_, per_p_,
+                              alike ? -per_p_ * soft.ratio / (1 + soft.ratio) : per_q_ - per_p_);
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
-      if (row_.a.own_hard && row_.a.hard_weight != 0) {
+      if (row_.own_hard() && row_.hard_weight() != 0) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           gradient[j] = exponential(student[j] - hard_frame_) * hard;
         }
       }
-      if (row_.a.soft_weight != 0 || shared_hard != 0) {
+      if (row_.soft_weight() != 0 || shared_hard != 0) {
         prune(student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
@@ -270,15 +273,16 @@ class Reread {
             const Pair e = pair(student[j], teacher[j]);
             q = __fmul_rn(kReverse ? e.lead : e.other, per_q_);
             // Where the student is at -inf nothing can change: 0, whatever p is there.
-            const float p = student[j] > -kInf ? __fmul_rn(e.lead, per_p_) : 0.0f;
-            of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : q - p;
+            const float difference =
+                student[j] > -kInf ? forward(e.difference, e.other, e.lead) : 0;
+            of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : difference;
           }
-          if (row_.a.soft_weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
+          if (row_.soft_weight() != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
           if (shared_hard != 0) gradient[j] = fmaf(q, shared_hard, gradient[j]);
         }
       }
       row_.add_label(step, gradient);
-      store_packed(row_.a.dstudent, step, pack(row_.a.dstudent.dtype, gradient));
+      store_packed(row_.dstudent(), step, pack(row_.dstudent().dtype, gradient));
     });
   }
 

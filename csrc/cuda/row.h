@@ -72,44 +72,62 @@ class Row {
   __device__ Row(const KdRows& call, Exchange& exchange, RowShared& shared)
       : call(call), exchange(exchange), shared(shared), a(shared.arguments) {}
 
-  __device__ bool is_skipped() const { return a.soft_weight == 0 && a.hard_weight == 0; }
+  __device__ float soft_weight() const { return fresh(a.soft_weight); }
+  __device__ float hard_weight() const { return fresh(a.hard_weight); }
+  __device__ float student_inverse() const { return fresh(a.student_inverse); }
+  __device__ float teacher_inverse() const { return fresh(a.teacher_inverse); }
+  __device__ int begin() const { return fresh(a.begin); }
+  __device__ int end() const { return fresh(a.end); }
+  __device__ int longest() const { return fresh(a.longest); }
+  __device__ int label() const { return fresh(a.label); }
+  __device__ int vocab() const { return fresh(a.vocab); }
+  __device__ bool has_soft() const { return fresh(a.has_soft); }
+  __device__ bool has_hard() const { return fresh(a.has_hard); }
+  __device__ bool pruned() const { return fresh(a.pruned); }
+  __device__ bool shares() const { return fresh(a.shares); }
+  __device__ bool own_hard() const { return fresh(a.own_hard); }
+  __device__ View student() const { return View::again(a.student); }
+  __device__ View teacher() const { return View::again(a.teacher); }
+  __device__ View dstudent() const { return View::again(a.dstudent); }
+
+  __device__ bool is_skipped() const { return soft_weight() == 0 && hard_weight() == 0; }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
   __device__ void write_terms(float soft, float hard) const {
     if (exchange.rank() != 0 || threadIdx.x != 0) return;
-    static_cast<float*>(call.soft)[exchange.row()] = a.has_soft ? soft : 0.0f;
-    static_cast<float*>(call.hard)[exchange.row()] = a.has_hard ? hard : 0.0f;
+    static_cast<float*>(call.soft)[exchange.row()] = has_soft() ? soft : 0.0f;
+    static_cast<float*>(call.hard)[exchange.row()] = has_hard() ? hard : 0.0f;
   }
 
   // The same gradient in every class of the slice; 0 beyond them all.
   __device__ void fill_gradient(float value) const {
     if (!wants_gradient()) return;
-    fill(a.dstudent, a.begin * kStep, min(a.end * kStep, a.vocab), value);
+    fill(dstudent(), begin() * kStep, min(end() * kStep, vocab()), value);
     fill_beyond();
   }
   __device__ void fill_beyond() const {
-    const int width = static_cast<int>(call.dstudent.width) - a.vocab;
+    const int width = static_cast<int>(call.dstudent.width) - vocab();
     if (width == 0) return;
     const int rank = exchange.rank(), size = exchange.size();
-    fill(a.dstudent, a.vocab + share(width, rank, size), a.vocab + share(width, rank + 1, size), 0);
+    fill(dstudent(), vocab() + share(width, rank, size), vocab() + share(width, rank + 1, size), 0);
   }
 
   // Whether nothing but NaN can be said of the gradient.
   template <Mode kMode>
   __device__ bool is_lost(float soft, float hard) const {
     const bool infinite = kMode == Mode::kReverse && soft == kInf;
-    return (a.soft_weight != 0 && (soft != soft || infinite)) ||
-           (a.hard_weight != 0 && hard != hard);
+    return (soft_weight() != 0 && (soft != soft || infinite)) ||
+           (hard_weight() != 0 && hard != hard);
   }
 
   // The student's logit at the label, for the one thread that adds it to the sums: read by the
   // CTA that may write over it later.
   __device__ float label_logit() const {
-    if (!a.has_hard || threadIdx.x != 0) return 0;
-    if (a.label < a.begin * kStep || a.label >= a.end * kStep) return 0;
-    const uint32_t word = load_word(a.student, a.label);
+    if (!has_hard() || threadIdx.x != 0) return 0;
+    if (label() < begin() * kStep || label() >= end() * kStep) return 0;
+    const uint32_t word = load_word(student(), label());
     float values[kPerLane];
-    unpack(a.student.dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
+    unpack(student().dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
     return values[0];
   }
 
@@ -140,17 +158,19 @@ class Row {
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
   __device__ void add_label(int step, float* gradient) const {
-    if (!a.has_hard || a.label / kStep != step) return;
-    const int index = a.dstudent.index(step, a.label);
+    if (!has_hard() || label() / kStep != step) return;
+    const int index = dstudent().index(step, label());
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (j == index) gradient[j] -= a.hard_weight;
+      if (j == index) gradient[j] -= hard_weight();
     }
   }
 
   const KdRows& call;
   Exchange& exchange;
   RowShared& shared;
+
+ private:
   const RowArguments& a;
 };
 

@@ -101,8 +101,26 @@ __device__ inline void combine(Sums* parts, int count, Sums& sum) {
   __syncwarp();
 }
 
+// a e_other - b e_lead as (e_other - e_lead) least + e_other of_other + e_lead of_lead, which keeps
+// what is left where the two nearly cancel. `gap`: a - b, to its own precision; of one sign both.
+struct Combination {
+  float least = 0, of_other = 0, of_lead = 0;
+
+  Combination() = default;
+  __device__ Combination(float a, float b, float gap) {
+    const bool larger = fabsf(a) >= fabsf(b);
+    least = larger ? b : a;
+    of_other = larger ? gap : 0;
+    of_lead = larger ? 0 : gap;
+  }
+  __device__ __forceinline__ float operator()(float difference, float other, float lead) const {
+    return fmaf(difference, least, fmaf(other, of_other, lead * of_lead));
+  }
+};
+
 struct Divergence {
   float value;      // unweighted; not of a mixture
+  float ratio;      // Z_other / Z_lead - 1
   float log_ratio;  // ln(Z_other / Z_lead), in the row's frames
   bool exact;       // else the sums are to be had again, in frames that balance the two sides
 };
@@ -117,6 +135,7 @@ __device__ inline Divergence divergence(Sums& sums) {
     ratio = sums.other / sums.lead - 1;
   }
   Divergence d;
+  d.ratio = ratio;
   d.log_ratio = alike ? log1pf(ratio) : logf(sums.other / sums.lead);
   float lost;
   if (alike) {

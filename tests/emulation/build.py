@@ -116,7 +116,7 @@ def _load_ops() -> None:
 
 
 def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
-    """The executable of `name`.cpp; `fault`: a file of csrc/cuda, and in it one text for another."""
+    """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
     flags = [*_flags(), "-O1"]
     kernels = KERNELS[:1] if name == "driver" else ()
 

@@ -1,5 +1,5 @@
-// A few rows through the kernels without torch, for tests of the emulation itself: prints a line for
-// each case, with a hash of every bit that came out. Arguments: schedule, layout (0 clusters, 1
+// A few rows through the kernels without torch, for tests of the emulation itself: prints a line
+// for each case, with a hash of every bit that came out. Arguments: schedule, layout (0 clusters, 1
 // tickets), CTAs that run at one time.
 #include <cstdio>
 #include <cstdlib>
