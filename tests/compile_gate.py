@@ -165,6 +165,11 @@ def constant(name: str, kernel: str = "kd_rows") -> int:
     raise LookupError(f"no constant {name}")
 
 
+def vectors(variant: str) -> int:
+    """Of 8 columns, that a thread of this variant of kd_rows holds in registers."""
+    return constant("kClusterVectors" if "Cluster" in variant else "kTicketVectors")
+
+
 def registers_allowed(kernel: str) -> int:
     """By the threads that a multiprocessor has to hold of it: its __launch_bounds__."""
     text = (KERNELS / f"{kernel}.cu").read_text()
@@ -176,9 +181,9 @@ EXPONENTIAL = r"MUFU\.EX2"
 LOCAL = r"(LDL|STL)\b"
 
 
-def core(code: list[Instruction]) -> Figures:
+def core(name: str, code: list[Instruction]) -> Figures:
     """The core that keeps a slice in registers: its code is straight, a thread's pairs unrolled."""
-    pairs = constant("kVectors") * constant("kPerLane")
+    pairs = vectors(name) * constant("kPerLane")
     file = "registers.h"
     every = Part(code, file, "run")
     load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
@@ -223,7 +228,7 @@ def figures(binary: Binary) -> dict[str, Figures]:
         if kernel:
             found[name]["instructions"] = len(kernel)
         if kernel and name.startswith("kd_rows"):
-            found[name] |= core(kernel)
+            found[name] |= core(name, kernel)
         elif kernel:
             every = Part(kernel)
             found[name] |= {
@@ -243,11 +248,11 @@ def problems(name: str, of: Figures) -> Iterator[str]:
     for what in ("spill_bytes", "stack_bytes", "local_accesses"):
         if of.get(what, 0):
             yield f"{name}: {what} is {of[what]}, not 0"
-    vectors = constant("kVectors") if kernel == "kd_rows" else 1
+    loads, stores = (4 * vectors(name), 2 * vectors(name)) if kernel == "kd_rows" else (2, 2)
     at_least = {
         # 16 bytes of a 16-bit dtype and twice 16 of float32; of both rows, where there are two.
-        "loads_of_128_bits": (4 if vectors > 1 else 2) * vectors,
-        "stores_of_128_bits": 2 * vectors,
+        "loads_of_128_bits": loads,
+        "stores_of_128_bits": stores,
         "reread_loads_of_128_bits": 4,
         "reread_stores_of_128_bits": 1,
     }

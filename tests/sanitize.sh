@@ -26,7 +26,8 @@ python -c 'import fastkd, sys; print(fastkd.__file__); sys.exit(bool(fastkd.back
   fail "the kernel does not load"
 # Not what runs no kernel of ours. Without optimisation all instruction sets round alike, so that
 # "limiting" them does not show.
-python -m pytest tests -q -p no:cacheprovider -k "not reference and not compile and not limiting and not emulat" \
+python -m pytest tests -q -p no:cacheprovider \
+  -k "not reference and not compile and not limiting and not emulat" \
   --ignore=tests/test_spec.py --durations=15 "$@" || fail "FAILED, see above"
 # The CUDA kernels, emulated: every option and every edge in both layouts.
 export FASTKD_SANITIZE_EMULATION=address,undefined
