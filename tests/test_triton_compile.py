@@ -54,7 +54,16 @@ def test_machine_code(target, dtype, variant):
             assert instructions / costs.pairs <= 31
             assert exponentials / costs.pairs <= 4.3
     if f"# triton {triton.__version__}" in COMMITTED:
-        assert aot.table_row(target, dtype, variant, report) in COMMITTED
+        no_worse(aot.table_row(target, dtype, variant, report))
+
+
+def no_worse(row: str) -> None:
+    """Than what is committed for this version of Triton, by more than 3 %."""
+    name, figures = row[: aot.NAME], row[aot.NAME :].split()
+    (committed,) = (x[aot.NAME :].split() for x in COMMITTED if x.startswith(name))
+    assert len(figures) == len(committed)
+    for now, then in zip(map(float, figures), map(float, committed), strict=True):
+        assert now <= 1.03 * then + (32 if then == 0 else 0), (row, committed)
 
 
 def wide(loop: aot.Loop, target: str) -> None:

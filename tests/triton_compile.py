@@ -299,6 +299,9 @@ def size(loop: Loop) -> int:
     return loop.instructions
 
 
+NAME = 8 + 1 + 9 + 1 + 22  # columns of what a row of the table is about
+
+
 def table_row(target: str, dtype: torch.dtype, variant: str, report: Report) -> str:
     row = f"{target:8} {str(dtype)[6:]:9} {variant:22} {report.registers:4} {report.spilled:4} "
     row += f"{report.shared:5} {report.instructions:6}"
