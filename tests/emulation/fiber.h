@@ -32,7 +32,11 @@ struct Context {
     return *this;
   }
   ~Context() {
-    if (stack != nullptr) munmap(stack, kStack);
+    if (stack == nullptr) return;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStack);  // for whoever gets the memory next
+#endif
+    munmap(stack, kStack);
   }
 
   char* stack = nullptr;  // null: the thread's own
