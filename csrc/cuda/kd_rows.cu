@@ -72,6 +72,7 @@ auto kernel_of(const KdRows& call) {
 // What the plan asks about a GPU, once for each.
 struct Device {
   const char* error = nullptr;
+  int vectors = 0;  // in the registers of a thread of a cluster
   int cluster = 0;  // the largest cluster, 0: none
   int places = 0;   // CTAs of the ticket kernels that run at one time
 };
@@ -109,6 +110,7 @@ Device ask(int device) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
+  answer.vectors = cluster_vectors(major);
   KdRows call;
   answer.places = 1 << 30;
   for (const double beta : {0.0, 0.5, 1.0}) {
@@ -168,10 +170,10 @@ TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
 
 void set_limits(const Limits& wanted) { limits = wanted; }
 
-// Registers hold 32 columns a thread of both rows: 8192 for a CTA of 256 threads, of which two run
-// on a multiprocessor and hide each other's waits. A row gets as few such CTAs as hold it, in a
-// cluster where one is large enough, else in a cluster of CTAs twice as large, else by tickets.
-// Where even the GPU has too few places for those, slices are read again.
+// Registers hold up to 32 columns a thread of both rows: 8192 for a CTA of 256 threads, of which
+// two run on a multiprocessor and hide each other's waits. A row gets as few such CTAs as hold it,
+// in a cluster where one is large enough, else in a cluster of CTAs twice as large, else by
+// tickets. Where even the GPU has too few places for those, slices are read again.
 Plan plan(const KdRows& call) {
   const Device device = ask_once();
   Plan plan;
@@ -184,8 +186,8 @@ Plan plan(const KdRows& call) {
     parts = (steps + capacity - 1) / capacity;
   };
   const int cluster = std::min(device.cluster, limits.cluster);
-  use(kThreads, kClusterVectors);
-  if (parts > cluster && cluster > 0) use(kMaxThreads, kClusterVectors);
+  use(kThreads, device.vectors);
+  if (parts > cluster && cluster > 0) use(kMaxThreads, device.vectors);
   plan.cluster = parts <= cluster || limits.tickets == 0;
   if (plan.cluster) {
     parts = std::min<int64_t>(parts, cluster);
