@@ -188,12 +188,17 @@ def core(name: str, code: list[Instruction]) -> Figures:
     every = Part(code, file, "run")
     load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
     sums = Part(code, file, "sum_soft")
-    aside = [Part(code, file, f).count(EXPONENTIAL) for f in ("sum_hard", "write_gradient", "mix")]
+    aside = [Part(code, file, f).code for f in ("sum_hard", "write_gradient", "mix")]
+    elsewhere = {id(i) for part in aside for i in part}
+    plain = Part([i for i in every.code if id(i) not in elsewhere])
+    # The sums over warps and CTAs are one warp's work for all of its CTA.
+    shared = Part(plain.code, "row.h", "total").count(EXPONENTIAL)
+    shared *= 1 - 32 / constant("kThreads")
     return {
         "local_accesses": every.count(LOCAL),
         "loads_of_128_bits": load.wide("LDG"),
         "stores_of_128_bits": gradient.wide("STG"),
-        "exponentials_per_pair": (every.count(EXPONENTIAL) - sum(aside)) / pairs,
+        "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
         "instructions_per_pair_of_the_sums": round(len(sums.code) / pairs, 2),
         "reread_loads_of_128_bits": Part(code, "reread.h", "each_step").wide("LDG"),
         "reread_stores_of_128_bits": Part(code, "reread.h", "write_gradient").wide("STG"),
