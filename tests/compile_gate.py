@@ -165,9 +165,12 @@ def constant(name: str, kernel: str = "kd_rows") -> int:
     raise LookupError(f"no constant {name}")
 
 
-def vectors(variant: str) -> int:
+def vectors(variant: str, target: str) -> int:
     """Of 8 columns, that a thread of this variant of kd_rows holds in registers."""
-    return constant("kClusterVectors" if "Cluster" in variant else "kTicketVectors")
+    if "Cluster" not in variant:
+        return constant("kTicketVectors")
+    later = int(target.removeprefix("sm_")) >= 100
+    return constant("kLaterClusterVectors" if later else "kClusterVectors")
 
 
 def registers_allowed(kernel: str) -> int:
@@ -181,9 +184,9 @@ EXPONENTIAL = r"MUFU\.EX2"
 LOCAL = r"(LDL|STL)\b"
 
 
-def core(name: str, code: list[Instruction]) -> Figures:
+def core(name: str, target: str, code: list[Instruction]) -> Figures:
     """The core that keeps a slice in registers: its code is straight, a thread's pairs unrolled."""
-    pairs = vectors(name) * constant("kPerLane")
+    pairs = vectors(name, target) * constant("kPerLane")
     file = "registers.h"
     every = Part(code, file, "run")
     load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
@@ -233,7 +236,7 @@ def figures(binary: Binary) -> dict[str, Figures]:
         if kernel:
             found[name]["instructions"] = len(kernel)
         if kernel and name.startswith("kd_rows"):
-            found[name] |= core(name, kernel)
+            found[name] |= core(name, binary.target, kernel)
         elif kernel:
             every = Part(kernel)
             found[name] |= {

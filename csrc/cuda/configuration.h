@@ -7,12 +7,11 @@ namespace fastkd::cuda {
 // A thread holds so many times 8 columns of both rows in registers, 16 for each: as many as leave
 // no kernel with registers spilled. From compute capability 10.0 on the compiler needs a few more
 // registers than before; by tickets it needs some for the addresses of their buffers.
-constexpr int cluster_vectors(int major) { return major >= 10 ? 3 : 4; }
-#if defined(__CUDA_ARCH__)
-constexpr int kClusterVectors = cluster_vectors(__CUDA_ARCH__ / 100);
-#else
-constexpr int kClusterVectors = cluster_vectors(9);
-#endif
+constexpr int kClusterVectors = 4;
+constexpr int kLaterClusterVectors = 3;
+constexpr int cluster_vectors(int major) {
+  return major >= 10 ? kLaterClusterVectors : kClusterVectors;
+}
 constexpr int kTicketVectors = 3;
 constexpr int kThreads = 256;     // of a CTA, mostly
 constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multiprocessor has

@@ -31,7 +31,11 @@ __device__ __forceinline__ uint4 vector_of(const Sums& sums, int i) {
 
 class Cluster {
  public:
+#if defined(__CUDA_ARCH__)
+  static constexpr int kVectors = cluster_vectors(__CUDA_ARCH__ / 100);
+#else
   static constexpr int kVectors = kClusterVectors;
+#endif
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
