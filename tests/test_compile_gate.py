@@ -53,7 +53,7 @@ def measured():
 
 
 def test_problems_are_found():
-    assert not list(gate.problems("kd_rows", GOOD))
+    assert not list(gate.problems("kd_rows", "sm_90", GOOD))
     for what, bad in (
         ("registers", 129),
         ("spill_bytes", 4),
@@ -65,7 +65,7 @@ def test_problems_are_found():
         ("reread_stores_of_128_bits", 0),
         ("exponentials_per_pair", 4.0),
     ):
-        assert len(list(gate.problems("kd_rows", {**GOOD, what: bad}))) == 1, what
+        assert len(list(gate.problems("kd_rows", "sm_90", {**GOOD, what: bad}))) == 1, what
 
 
 @needs_nvcc
@@ -75,7 +75,7 @@ def test_a_planted_spill_is_seen(planted):
     narrow = next(of for name, of in found.items() if "narrow" in name)
     assert spilling["registers"] <= 32 and spilling["spill_bytes"] > 0
     assert narrow["spill_bytes"] == narrow["stack_bytes"] == 0
-    assert any("spill_bytes" in problem for problem in gate.problems("kd_rows", spilling))
+    assert any("spill_bytes" in problem for problem in gate.problems("kd_rows", "sm_90", spilling))
 
 
 @needs_nvcc
@@ -109,7 +109,9 @@ def test_every_target_of_the_wheel_is_measured():
 def test_budgets(measured, target):
     kernels = measured["targets"][target]
     assert len(kernels) >= 4, "three modes of the loss, and the scaling"
-    assert not [problem for name, of in kernels.items() for problem in gate.problems(name, of)]
+    assert not [
+        problem for name, of in kernels.items() for problem in gate.problems(name, target, of)
+    ]
 
 
 @needs_nvcc
