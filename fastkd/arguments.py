@@ -47,17 +47,18 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             f"teacher_logits must be on the device of student_logits, {student.device}, "
             f"got {teacher.device}"
         )
-    if student.shape[:-1] != teacher.shape[:-1]:
+    student_shape, teacher_shape = student.shape, teacher.shape
+    if student_shape != teacher_shape and student_shape[:-1] != teacher_shape[:-1]:
         raise ValueError(
             "teacher_logits must have the leading shape of student_logits, "
-            f"{tuple(student.shape[:-1])}, got {tuple(teacher.shape[:-1])}"
+            f"{tuple(student_shape[:-1])}, got {tuple(teacher_shape[:-1])}"
         )
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "teacher_logits requires a gradient, but the teacher is a constant here: "
             "pass teacher_logits.detach(), or run the teacher under torch.no_grad()"
         )
-    student_size, teacher_size = student.shape[-1], teacher.shape[-1]
+    student_size, teacher_size = student_shape[-1], teacher_shape[-1]
     if vocab_size is None:
         if student_size != teacher_size:
             raise ValueError(

@@ -33,20 +33,19 @@ class KDLossOutput(NamedTuple):
     hard: Tensor | None
 
 
-def _filled(value: float, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         # Inductor keeps an earlier value of a fill that has become symbolic.
-        return torch.ones(N, dtype=dtype, device=device) * value
-    return torch.full((N,), value, dtype=dtype, device=device)
+        return like.new_ones(N, dtype=dtype) * value
+    return like.new_full((N,), value, dtype=dtype)
 
 
 def _inverse_and_square(
-    temperature: float | Tensor, logits: Tensor, dtype: torch.dtype
+    temperature: float | Tensor, N: int, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float | Tensor]:
     """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
     if not isinstance(temperature, Tensor):
-        N = logits.shape[:-1].numel()
-        return _filled(1 / temperature, N, dtype, logits.device), temperature * temperature
+        return _filled(1 / temperature, N, logits, dtype), temperature * temperature
     temperature = temperature.detach().to(dtype)
     usable = (temperature > 0) & (temperature < torch.inf)
     return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
@@ -82,7 +81,7 @@ def _row_scales(
         if isinstance(squared_temperature, Tensor):
             return squared_temperature / divisor, None
         scale = squared_temperature / divisor
-        return _filled(scale, like.shape[0], like.dtype, like.device), None
+        return _filled(scale, like.shape[0], like, like.dtype), None
     hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
     if counting is not None and token_weights is not None:
         hard = torch.where(counting, hard, 0)
@@ -190,10 +189,11 @@ def kd_loss(
         check_inplace(student_logits)
 
     dtype = compute_dtype(student_logits, teacher_logits)
-    student_inverse, squared = _inverse_and_square(temperature, student_logits, dtype)
+    N = student_logits.shape[:-1].numel()
+    student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
     teacher_inverse = student_inverse
     if teacher_temperature is not None:
-        teacher_inverse, _ = _inverse_and_square(teacher_temperature, student_logits, dtype)
+        teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, student_logits, dtype)
     counting = None if labels is None else labels != ignore_index
     soft_scale, hard_scale = _row_scales(
         student_inverse, squared, counting, token_weights, num_items, reduction

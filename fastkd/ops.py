@@ -292,10 +292,10 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     return (reduce(loss), soft_term, hard_term), scale
 
 
-def _keeps_graph() -> bool:
-    """Whether the running backward retains its graph, so that what it saved is needed again."""
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if query is None else query()
+# Whether the running backward retains its graph, so that what it saved is needed again.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -311,10 +311,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class _KDTerms(torch.autograd.Function):
-    """(loss, soft, hard); forward computes the gradient of the loss, backward scales it."""
+    """The loss, or (loss, soft, hard); forward computes its gradient, backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, request: Request) -> Terms:
+    def forward(ctx: Any, student: Tensor, request: Request) -> Tensor | Terms:
         if request.inplace:
             dstudent = student
         else:
@@ -327,8 +327,9 @@ class _KDTerms(torch.autograd.Function):
         ctx.inplace, ctx.per_row, ctx.ops = request.inplace, request.per_row, request.ops
         ctx.spent = False
         ctx.set_materialize_grads(False)
-        if request.terms:
-            ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
+        if not request.terms:
+            return loss
+        ctx.mark_non_differentiable(*(term for term in (soft, hard) if term is not None))
         return loss, soft, hard
 
     @staticmethod
@@ -370,5 +371,6 @@ class _KDTerms(torch.autograd.Function):
 def kd_terms(student: Tensor, request: Request) -> Terms:
     """The loss and its terms, reduced, with a graph where the student needs a gradient."""
     if student.requires_grad and torch.is_grad_enabled():
-        return _KDTerms.apply(student, request)
+        terms = _KDTerms.apply(student, request)
+        return terms if request.terms else (terms, None, None)
     return _run(student, request, None)[0]
