@@ -47,13 +47,17 @@ struct KdRows {
   const void* teacher_inv_temperature = nullptr;
   const void* soft_weight = nullptr;  // null: the soft term is not computed
   const void* hard_weight = nullptr;  // null: the hard term is not computed
+  // Not null: decoupled. The soft term leaves out the label, which has a term of its own.
+  const void* target_weight = nullptr;
   void* soft = nullptr;
   void* hard = nullptr;
+  void* target = nullptr;  // not null where target_weight is not
   int64_t N = 0;
   int64_t keep = 0;
   int64_t vocab_size = 0;
   double beta = 0;
   bool is_double = false;
+  bool teacher_probs = false;  // the teacher's rows hold probabilities
 };
 
 // One call of fastkd::scale_rows_.

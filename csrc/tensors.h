@@ -73,7 +73,9 @@ std::tuple<Tensor, Tensor> kd_rows(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
     const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
     const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
-    const std::optional<Tensor>& dstudent, int64_t keep, int64_t vocab_size, double beta) {
+    const std::optional<Tensor>& dstudent, int64_t keep, int64_t vocab_size, double beta,
+    const std::optional<Tensor>& target_weight, const std::optional<Tensor>& target,
+    bool teacher_probs) {
   KdRows call;
   call.student = rows(student);
   call.teacher = rows(teacher);
@@ -89,6 +91,7 @@ std::tuple<Tensor, Tensor> kd_rows(
   call.keep = keep;
   call.vocab_size = vocab_size;
   call.beta = beta;
+  call.teacher_probs = teacher_probs;
   call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
   const auto device = student.device();
   const auto check_device = [&](const Tensor& tensor) {
@@ -108,10 +111,15 @@ std::tuple<Tensor, Tensor> kd_rows(
   check(teacher_inv_temperature, compute);
   if (soft_weight) check(*soft_weight, compute);
   if (hard_weight) check(*hard_weight, compute);
+  if (target_weight) check(*target_weight, compute);
+  if (target) check(*target, compute);
   STD_TORCH_CHECK(!labels || (labels->numel() == call.N && labels->is_contiguous() &&
                               labels->scalar_type() == ScalarType::Long),
                   "fastkd: labels must be contiguous int64 [N]");
-  STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
+  STD_TORCH_CHECK(labels || !(hard_weight || target_weight),
+                  "fastkd: the hard and the target term need labels");
+  STD_TORCH_CHECK(!target_weight || (target && soft_weight && beta == 0),
+                  "fastkd: the target term needs target, soft_weight and beta = 0");
   STD_TORCH_CHECK(keep >= 1 && vocab_size >= 1 && vocab_size <= call.student.width &&
                       vocab_size <= call.teacher.width,
                   "fastkd: keep or vocab_size out of range");
@@ -120,6 +128,8 @@ std::tuple<Tensor, Tensor> kd_rows(
   call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
   call.soft_weight = data(soft_weight);
   call.hard_weight = data(hard_weight);
+  call.target_weight = data(target_weight);
+  if (target_weight) call.target = target->data_ptr();
   Tensor soft = new_vector(student_inv_temperature, call.N);
   Tensor hard = new_vector(student_inv_temperature, call.N);
   call.soft = soft.data_ptr();

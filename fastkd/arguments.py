@@ -14,6 +14,7 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("batchmean", "sum", "none")
+TEACHER_KINDS = ("logits", "probs")
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -121,16 +122,35 @@ def check_rows(name: str, values: Tensor, student: Tensor) -> Tensor:
     return values.reshape(-1)
 
 
+def check_alpha(alpha: float, labels: Tensor | None) -> None:
+    """The weight of the soft term; what is left weighs the hard one, which needs labels."""
+    check_unit_interval("alpha", alpha)
+    if labels is None and alpha < 1:
+        raise ValueError(
+            f"alpha = {alpha} gives the hard term a weight of {1 - alpha}, which needs labels: "
+            "pass labels, or alpha=1"
+        )
+
+
+def check_weight(name: str, value: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number >= 0, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def check_teacher_kind(teacher_kind: str) -> None:
+    if teacher_kind not in TEACHER_KINDS:
+        raise ValueError(
+            f"teacher_kind must be one of {', '.join(TEACHER_KINDS)}, got {teacher_kind!r}"
+        )
+
+
 def check_labels(
-    labels: Tensor | None, student: Tensor, vocab_size: int, ignore_index: int, alpha: float
+    labels: Tensor | None, student: Tensor, vocab_size: int, ignore_index: int
 ) -> Tensor | None:
     """Dtype, shape and (on the host) range of the labels; returned flat, int64 [N]."""
     if labels is None:
-        if alpha < 1:
-            raise ValueError(
-                f"alpha = {alpha} gives the hard term a weight of {1 - alpha}, which needs labels: "
-                "pass labels, or alpha=1"
-            )
         return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor or None, got {type(labels).__name__}")

@@ -9,9 +9,16 @@ Row by row, with z the student's and v the teacher's logits, y the label and T t
          = beta KL(p || m) + (1 - beta) KL(q || m)          else, m = beta p + (1 - beta) q
     hard = -log softmax(z)[y]                               at T = 1, over all classes < vocab_size
 
+Decoupled, with `target_weight`: the label joins K, soft is taken over K without it, and
+
+    target = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
+
+With `teacher_probs` the teacher's row holds probabilities P: v = log P.
+
 Weights, T^2, means and masks are folded into one weight per row and term by the caller
 (:mod:`fastkd.loss`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax and
-T^2; Agarwal et al. 2024 (arXiv:2306.13649) for beta.
+T^2; Agarwal et al. 2024 (arXiv:2306.13649) for beta; Zhao et al. 2022 (arXiv:2203.08679) for the
+decoupled terms.
 """
 
 import torch
@@ -77,6 +84,39 @@ def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, 
     return divergence.squeeze(-1), gradient.masked_fill(lost, NAN)
 
 
+def target_term(
+    x: Tensor, y: Tensor, kept: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The decoupled divergences of softmax(x) from softmax(y) over `kept`, `target` one of them.
+
+    Returns KL(p' || q') of the other classes among themselves, its gradient with respect to x, the
+    binary divergence of the target against them all, and its gradient. By the log-odds
+    a = x_y - logsumexp(others), never by 1 - q. Where the teacher has no mass among the others
+    there is nothing to match: the first term is 0. Where only the student has none, it is infinite.
+    """
+    others = kept & ~target & ~((x == -INF) & (y == -INF))
+    row_x, row_y = x.masked_fill(~others, -INF), y.masked_fill(~others, -INF)
+    lse_x, lse_y = (row.logsumexp(-1, keepdim=True) for row in (row_x, row_y))
+    none_x, none_y = lse_x == -INF, lse_y == -INF
+    nontarget, gradient = soft_term(row_x, row_y, others, 0.0)
+    nontarget = nontarget.masked_fill((none_x & ~none_y).squeeze(-1), INF)
+    nontarget = nontarget.masked_fill(none_y.squeeze(-1), 0)
+    gradient = gradient.masked_fill(none_x | none_y, 0)
+
+    def at_target(row: Tensor) -> Tensor:
+        return row.masked_fill(~target, -INF).amax(-1, keepdim=True)
+
+    odds_x, odds_y = at_target(x) - lse_x, at_target(y) - lse_y
+    lq = torch.cat((F.logsigmoid(odds_x), F.logsigmoid(-odds_x)), -1)
+    lp = torch.cat((F.logsigmoid(odds_y), F.logsigmoid(-odds_y)), -1)
+    # The smaller of the two probabilities of each side keeps the digits of their difference.
+    delta = torch.where(odds_x + odds_y > 0, lp[:, 1:].exp() - lq[:, 1:].exp(),
+                        lq[:, :1].exp() - lp[:, :1].exp())  # fmt: skip
+    shares = (row_x - lse_x).exp().masked_fill(none_x, 0)
+    binary = torch.where(target & (x > -INF), delta, -delta * shares)
+    return nontarget, gradient, excess(lp, lq).sum(-1), binary
+
+
 def hard_term(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(z)[label] [N] and its gradient [N, V]; NaN where the label is no class."""
     valid = ((labels >= 0) & (labels < z.shape[-1])).unsqueeze(-1)
@@ -99,6 +139,9 @@ def kd_rows(
     keep: int,
     vocab_size: int,
     beta: float,
+    target_weight: Tensor | None = None,  # [N]; given: decoupled, beside a soft_weight, beta = 0
+    target: Tensor | None = None,  # [N]; receives the target term
+    teacher_probs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Per-row terms (soft [N], hard [N]), and into `dstudent` the gradient of their weighted sum.
 
@@ -106,30 +149,36 @@ def kd_rows(
     terms and its gradient are 0 whatever its logits hold. A term of weight 0 in another row is
     computed and leaves no trace in the gradient. A label that is no class makes its row NaN.
     """
-    flat = [x.reshape(-1, x.shape[-1])[:, :vocab_size] for x in (student, teacher)]
-    N = flat[0].shape[0]
-    soft = student_inv_temperature.new_zeros(N)
-    hard, gradient = soft.clone(), None
+    z, v = (x.reshape(-1, x.shape[-1])[:, :vocab_size] for x in (student, teacher))
+    N = z.shape[0]
+    terms = [student_inv_temperature.new_zeros(N) for _ in range(3)]  # soft, hard, target
+    gradient = None
     if dstudent is not None:
         gradient = dstudent.new_zeros(N, dstudent.shape[-1])
     step = max(1, (1 << 22) // vocab_size)  # rows at a time: bounds the memory of what follows
     for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
-        soft[rows], hard[rows], dz = _kd_rows(
-            flat[0][rows],
-            flat[1][rows],
+        *parts, dz = _kd_rows(
+            z[rows],
+            v[rows],
             None if labels is None else labels[rows],
             student_inv_temperature[rows],
             teacher_inv_temperature[rows],
             None if soft_weight is None else soft_weight[rows],
             None if hard_weight is None else hard_weight[rows],
+            None if target_weight is None else target_weight[rows],
             keep,
             beta,
+            teacher_probs,
         )
+        for term, part in zip(terms, parts, strict=True):
+            term[rows] = part
         if gradient is not None:
             gradient[rows, :vocab_size] = dz.to(gradient.dtype)
     if dstudent is not None and gradient is not None:
         dstudent.copy_(gradient.view_as(dstudent))
-    return soft, hard
+    if target is not None:
+        target.copy_(terms[2])
+    return terms[0], terms[1]
 
 
 def _kd_rows(
@@ -140,19 +189,23 @@ def _kd_rows(
     teacher_inv_temperature: Tensor,
     soft_weight: Tensor | None,
     hard_weight: Tensor | None,
+    target_weight: Tensor | None,
     keep: int,
     beta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    teacher_probs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # In float64 wherever there is one: rounding is the business of the backends that are fast.
     dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    weights = [w for w in (soft_weight, hard_weight) if w is not None]
+    weights = [w for w in (soft_weight, hard_weight, target_weight) if w is not None]
     skipped = torch.stack([w == 0 for w in weights]).all(0)
     z, v = (x.to(dtype).masked_fill(skipped.unsqueeze(-1), 0) for x in (z, v))
+    if teacher_probs:
+        v = v.masked_fill(skipped.unsqueeze(-1), 1).log()  # NaN where negative
     lost = z.isnan().any(-1)
     if labels is not None:
         labels = labels.masked_fill(skipped, 0)
         lost = lost | (labels < 0) | (labels >= z.shape[-1])
-    soft = hard = z.new_zeros(z.shape[0])
+    soft = hard = target = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
 
     def add(gradient: Tensor, weight: Tensor, term: Tensor) -> Tensor:
@@ -162,8 +215,21 @@ def _kd_rows(
     if soft_weight is not None:
         x = z * student_inv_temperature.unsqueeze(-1)
         y = v * teacher_inv_temperature.unsqueeze(-1)
-        soft, dx = soft_term(x, y, kept_classes(v, keep), beta)
+        kept = kept_classes(v, keep)
         bad = lost | v.isnan().any(-1)
+        if target_weight is None:
+            soft, dx = soft_term(x, y, kept, beta)
+        else:
+            assert labels is not None, "the decoupled terms need labels"
+            index = torch.where(lost, 0, labels).unsqueeze(-1)
+            label = torch.zeros_like(kept).scatter_(-1, index, True)
+            soft, dx, target, dtarget = target_term(x, y, kept | label, label)
+            bad = bad | target.isnan()
+            target, dtarget = (
+                target.masked_fill(bad, NAN),
+                dtarget.masked_fill(bad.unsqueeze(-1), NAN),
+            )
+            gradient = add(gradient, target_weight * student_inv_temperature, dtarget)
         soft, dx = soft.masked_fill(bad, NAN), dx.masked_fill(bad.unsqueeze(-1), NAN)
         gradient = add(gradient, soft_weight * student_inv_temperature, dx)
     if hard_weight is not None:
@@ -171,7 +237,8 @@ def _kd_rows(
         hard, dz = hard_term(z, labels)
         gradient = add(gradient, hard_weight, dz)
     gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
-    return soft.masked_fill(skipped, 0), hard.masked_fill(skipped, 0), gradient
+    soft, hard, target = (term.masked_fill(skipped, 0) for term in (soft, hard, target))
+    return soft, hard, target, gradient
 
 
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:

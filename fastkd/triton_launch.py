@@ -127,8 +127,15 @@ def kd_rows(
     keep: int,
     vocab_size: int,
     beta: float,
+    target_weight: Tensor | None = None,
+    target: Tensor | None = None,
+    teacher_probs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op fastkd::kd_rows_triton; arguments as in spec.kd_rows."""
+    if target_weight is not None or teacher_probs:
+        raise ValueError(
+            "fastkd: the Triton kernels compute neither decoupled terms nor from probs"
+        )
     N = student.shape[:-1].numel()
     given = [x for x in (student, teacher, dstudent) if x is not None]
     leading = max((x.shape[:-1] for x in given), key=len)

@@ -272,6 +272,13 @@ FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, 
   }
 }
 
+// The logarithms of probabilities, perhaps where they stand.
+template <class T>
+FASTKD_LOOP void logarithms(const T* values, int64_t n, T* logs) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) logs[i] = logarithm(values[i]);
+}
+
 // NaN anywhere in a chunk.
 template <class T>
 FASTKD_LOOP bool has_nan(const T* values, int64_t n) {

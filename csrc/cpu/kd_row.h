@@ -15,37 +15,40 @@ class Row {
         work_(work),
         row_(row),
         vocab_(call.vocab_size),
-        soft_weight_(call.soft_weight ? vector(call.soft_weight) : T(0)),
-        hard_weight_(call.hard_weight ? vector(call.hard_weight) : T(0)),
-        soft_(call, work, row, after, soft_weight_),
+        soft_weight_(vector(call.soft_weight)),
+        hard_weight_(vector(call.hard_weight)),
+        target_weight_(vector(call.target_weight)),
+        soft_(call, work, row, after, soft_weight_, target_weight_),
         hard_(work, wants_gradient() && hard_weight_ != 0) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 && call.keep >= vocab_ &&
-             vector(call.student_inv_temperature) == 1;
+             !call.target_weight && vector(call.student_inv_temperature) == 1;
   }
 
   void run() {
-    T soft = 0, hard = 0;
-    if (soft_weight_ == 0 && hard_weight_ == 0) {
+    T soft = 0, hard = 0, target = 0;
+    if (soft_weight_ == 0 && hard_weight_ == 0 && target_weight_ == 0) {
       fill(T(0));
     } else if (call_.labels && !(label() >= 0 && label() < vocab_)) {
       soft = call_.soft_weight ? kNaN<T> : T(0);
       hard = call_.hard_weight ? kNaN<T> : T(0);
+      target = kNaN<T>;
       fill(kNaN<T>);
     } else {
-      compute(soft, hard);
+      compute(soft, hard, target);
     }
     static_cast<T*>(call_.soft)[row_] = soft;
     static_cast<T*>(call_.hard)[row_] = hard;
+    if (call_.target) static_cast<T*>(call_.target)[row_] = target;
   }
 
  private:
-  T vector(const void* values) const { return static_cast<const T*>(values)[row_]; }
+  T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
   int64_t label() const { return call_.labels[row_]; }
   bool wants_gradient() const { return call_.dstudent.data != nullptr; }
   bool own_hard() const { return hard_weight_ != 0 && !share_; }
 
-  void compute(T& soft, T& hard) {
+  void compute(T& soft, T& hard, T& target) {
     T label_logit = 0;
     if (call_.hard_weight) {
       label_logit = *load_columns<T>(call_.student, row_, label(), 1, work_.scratch(0));
@@ -60,6 +63,7 @@ class Row {
       if (read_soft) soft_.read(student, begin, n);
     }
     if (call_.soft_weight) soft = soft_.finish();
+    if (call_.target_weight) target = std::isnan(soft) ? soft : soft_.target();
     if (call_.hard_weight) {
       const double sum = share_ ? soft_.student_sum() : hard_.sum();
       const T frame = share_ ? soft_.student_frame() : hard_.frame();
@@ -68,7 +72,7 @@ class Row {
     }
     if (!wants_gradient()) return;
     const bool soft_bad = std::isnan(soft) || (call_.beta == 1 && std::isinf(soft));
-    if ((soft_weight_ != 0 && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
+    if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
       fill(kNaN<T>);
     } else {
       write_gradient();
@@ -88,10 +92,10 @@ class Row {
 
   void write_gradient() {
     with_gradient([&](auto* out) {
-      if (soft_weight_ != 0 && soft_.classes()) {
+      if (soft_.has_gradient() && soft_.classes()) {
         write_columns<false>(out);
         write_classes(out);
-      } else if (soft_weight_ != 0) {
+      } else if (soft_.has_gradient()) {
         write_columns<true>(out);
       } else {
         write_columns<false>(out);
@@ -102,7 +106,11 @@ class Row {
   // Every column; kSoft: the soft term's buffers hold them all.
   template <bool kSoft, class Out>
   void write_columns(Out* out) {
-    if (!kSoft && !own_hard()) return std::fill(out, out + vocab_, store<Out>(T(0)));
+    if (!kSoft && !own_hard()) {
+      std::fill(out, out + vocab_, store<Out>(T(0)));
+      if (call_.target_weight) out[label()] = store<Out>(soft_.at_label());
+      return;
+    }
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const auto f = soft_.factors(index, share_ ? double{hard_weight_} : 0.0);
@@ -113,10 +121,11 @@ class Row {
       } else {
         combine<kSoft, false>(a, b, h, n, f.a, f.b, factor_h, out + begin);
       }
-      if (hard_weight_ != 0 && label() >= begin && label() < begin + n) {
-        // Before the rounding of the store: at the label the two terms nearly cancel.
+      const bool at_label = hard_weight_ != 0 || call_.target_weight;
+      if (at_label && label() >= begin && label() < begin + n) {
+        // Before the rounding of the store: at the label the terms nearly cancel.
         const int64_t i = label() - begin;
-        T value = -hard_weight_;
+        T value = soft_.at_label() - hard_weight_;
         if (kSoft) value += f.a * a[i] + f.b * b[i];
         if (own_hard()) value += factor_h * h[i];
         out[label()] = store<Out>(value);
@@ -154,7 +163,7 @@ class Row {
   const KdRows& call_;
   Workspace<T>& work_;
   const int64_t row_, vocab_;
-  const T soft_weight_, hard_weight_;
+  const T soft_weight_, hard_weight_, target_weight_;
   SoftTerm<T> soft_;
   HardTerm<T> hard_;
   bool share_ = false;  // the hard term uses the soft term's exponentials

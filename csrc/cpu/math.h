@@ -94,6 +94,32 @@ FASTKD_INLINE Ratio<double> ratio(double y) {
   return {std::exp2(y), minus_one, x + minus_one, y};
 }
 
+// ln(1 + f) = f - f^2 q(f) for 1 + f in [sqrt(1/2), sqrt(2)); relative error of q 1e-7.
+FASTKD_INLINE float log_remainder(float f) {
+  float q = -0.0873475952f;
+  q = q * f + 0.14307497f;
+  q = q * f - 0.149179918f;
+  q = q * f + 0.165705125f;
+  q = q * f - 0.199620709f;
+  q = q * f + 0.250017551f;
+  q = q * f - 0.333339502f;
+  return q * f + 0.499999916f;
+}
+constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
+
+// ln x; -inf for 0, NaN for what is negative, no number or infinite.
+FASTKD_INLINE float logarithm(float x) {
+  const bool small = x < 0x1p-126f;
+  const int32_t bits = static_cast<int32_t>(to_bits(small ? x * 0x1p23f : x));
+  const int32_t k = (bits - kSqrtHalf) >> 23;
+  const float f = from_bits(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
+  const float log =
+      f - f * f * log_remainder(f) + static_cast<float>(small ? k - 23 : k) * kLn2<float>;
+  const float defined = x > 0 && x < kInf<float> ? log : kNaN<float>;
+  return x == 0 ? -kInf<float> : defined;
+}
+FASTKD_INLINE double logarithm(double x) { return x < kInf<double> ? std::log(x) : kNaN<double>; }
+
 struct LogTerms {
   float log;     // ln(1 + y)
   float excess;  // (1 + y) ln(1 + y) - y, >= 0, relative to its own size also where y is small
@@ -106,18 +132,10 @@ struct LogTermsDouble {
 FASTKD_INLINE LogTerms log_terms(float y) {
   float r = 1.0f + y;
   r = r < 0x1p-126f ? 0x1p-126f : r;
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
   const int32_t bits = static_cast<int32_t>(to_bits(r));
   const int32_t k = (bits - kSqrtHalf) >> 23;  // r = 2^k * [sqrt(1/2), sqrt(2))
   const float f = k == 0 ? y : from_bits(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
-  float q = -0.0873475952f;  // ln(1 + f) = f - f^2 q(f)
-  q = q * f + 0.14307497f;
-  q = q * f - 0.149179918f;
-  q = q * f + 0.165705125f;
-  q = q * f - 0.199620709f;
-  q = q * f + 0.250017551f;
-  q = q * f - 0.333339502f;
-  q = q * f + 0.499999916f;
+  const float q = log_remainder(f);
   const float log = f - f * f * q + static_cast<float>(k) * kLn2<float>;
   return {log, k == 0 ? f * f * (1.0f - (1.0f + f) * q) : r * log - y};
 }

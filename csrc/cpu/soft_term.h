@@ -1,8 +1,8 @@
 // The soft term of one row: the exponentials of both sides and their sums, chunk by chunk, then the
 // divergence and what its gradient is made of. Formulas: fastkd/spec.py.
 #pragma once
-#include "select.h"
-#include "workspace.h"
+#include "decoupled.h"
+#include "kept_columns.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -14,59 +14,67 @@ class SoftTerm {
     T a = 0, b = 0;
   };
 
-  SoftTerm(const KdRows& call, Workspace<T>& work, int64_t row, int64_t after, T weight)
+  // `target_weight`: the label is left out and its term computed besides, if the call is decoupled.
+  SoftTerm(const KdRows& call, Workspace<T>& work, int64_t row, int64_t after, T weight,
+           T target_weight)
       : call_(call),
         work_(work),
-        row_(row),
-        after_(after),
-        columns_(call.vocab_size),
+        columns_(call, work, row, after),
         weight_(weight),
+        target_weight_(target_weight),
         student_inverse_(static_cast<const T*>(call.student_inv_temperature)[row]),
         reverse_(call.beta == 1),
         mixed_(call.beta > 0 && call.beta < 1) {
     const T teacher_inverse = static_cast<const T*>(call.teacher_inv_temperature)[row];
     inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse}
                         : Temperatures<T>{teacher_inverse, student_inverse_};
-    keep_ = mixed_                                ? Keep::kMixture
-            : !call.dstudent.data || weight_ == 0 ? Keep::kNothing
-            : reverse_                            ? Keep::kReverse
-                                                  : Keep::kForward;
+    keep_ = mixed_            ? Keep::kMixture
+            : !has_gradient() ? Keep::kNothing
+            : reverse_        ? Keep::kReverse
+                              : Keep::kForward;
+  }
+
+  bool has_gradient() const {
+    return call_.dstudent.data != nullptr && (weight_ != 0 || target_weight_ != 0);
   }
 
   // The classes that take part. To be called before any is read.
   void prune() {
-    if (call_.keep >= call_.vocab_size) return;
-    teacher_ = load_columns<T>(call_.teacher, row_, 0, columns_, work_.teacher());
-    threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a(), work_.b());
-    if (std::isnan(threshold_)) {  // a NaN leaves the teacher without an order
-      valid_ = false;
-    } else if (!gather()) {
-      mask_from(threshold_);
-    }
+    valid_ = columns_.select();
+    if (!columns_.masked()) return;
+    const Frame<T> frame = columns_.beside_top();  // teacher, student
+    sums_.frame = reverse_ ? Frame<T>{frame.other, frame.lead} : frame;
   }
 
   // One chunk of the student's logits, in order; none where the classes kept were gathered.
   void read(const T* student, int64_t begin, int64_t n) {
-    if (!valid_) return;
-    const T* teacher = load_teacher(begin, n);
-    if (begin == 0 && !masked_) sums_.frame = frame_of(student, teacher, n);
-    sums_.add(read_chunk(student, teacher, begin, n));
-    work_.soft_frames()[begin / kChunk] = sums_.frame;
-    balance(2);
+    if (valid_) read_first(columns_.load(begin, n, student), begin);
   }
 
   // The unweighted divergence, NaN where a logit is NaN or a side has no finite one.
   T finish() {
     if (!valid_) return kNaN<T>;
-    if (student_) read_columns(Columns::kFirst);
+    for (int64_t begin = 0; classes() && begin < columns(); begin += kChunk) {
+      read_first(columns_.load(begin, std::min(kChunk, columns() - begin)), begin);
+    }
     read_again();
-    if (!valid_ || !(sums_.lead > 0) || !(sums_.other > 0)) return kNaN<T>;
+    if (!valid_) return kNaN<T>;
+    if (columns_.leaves_out_label()) return finish_decoupled();
+    if (!(sums_.lead > 0) || !(sums_.other > 0)) return kNaN<T>;
     return divergence();
   }
 
+  // Of the label against all other classes, unweighted; NaN where `finish` is.
+  T target() const { return static_cast<T>(target_.divergence); }
+  // The gradient at the label, which the columns leave out.
+  T at_label() const {
+    const bool present = target_weight_ != 0 && columns_.label_student() > -kInf<T>;
+    return present ? static_cast<T>(target_share() * target_.delta) : T(0);
+  }
+
   // Columns of the buffers, and the classes they are where they are not all: null.
-  int64_t columns() const { return columns_; }
-  const int32_t* classes() const { return student_ ? work_.kept_columns() : nullptr; }
+  int64_t columns() const { return columns_.count(); }
+  const int32_t* classes() const { return columns_.classes(); }
 
   // The student's own exponentials, for a hard term that shares them.
   double student_sum() const { return reverse_ ? sums_.lead : sums_.other; }
@@ -76,8 +84,9 @@ class SoftTerm {
   // ln(q/p) = x + shift + log_ratio. Mixture: (1 - beta) q (ln(q/m) - KL(q || m)). All times the
   // weight, and `hard_weight` times q besides.
   Factors factors(int64_t index, double hard_weight) const {
-    if (weight_ == 0) return {};
-    const double weight = double{weight_} * student_inverse_;
+    if (!has_gradient()) return {};
+    if (target_weight_ != 0) hard_weight -= target_share() * target_.delta;
+    const double weight = empty_ ? 0 : double{weight_} * student_inverse_;
     const Frame<T> frame = work_.soft_frames()[index];
     const Scales scale = scales(frame);
     double a = 0, b = 0;
@@ -98,53 +107,15 @@ class SoftTerm {
   }
 
  private:
-  // Few classes are taken out of their rows: the others cost no exponential. False where ties make
-  // them many.
-  bool gather() {
-    const int64_t few = columns_ / 32;
-    if (call_.keep > few) return false;
-    int32_t* classes = work_.kept_columns();
-    const int64_t count = columns_from(teacher_, columns_, threshold_, few, classes);
-    if (count > few) return false;
-    T* teacher = work_.kept_teacher();
-    for (int64_t i = 0; i < count; ++i) teacher[i] = teacher_[classes[i]];
-    student_ = gather_columns<T>(call_.student, row_, classes, count, work_.kept_student());
-    teacher_ = teacher;
-    columns_ = count;
-    valid_ = !row_has_nan();
-    return true;
-  }
+  double target_share() const { return double{target_weight_} * student_inverse_; }
 
-  // A NaN in the student's logits, of which this is then the only reading.
-  bool row_has_nan() const {
-    bool found = false;
-    dispatch(call_.student.dtype, [&](auto* stored) {
-      using Stored = std::remove_pointer_t<decltype(stored)>;
-      const auto* student =
-          static_cast<const Stored*>(call_.student.data) + call_.student.offset(row_);
-      found = has_nan_stored(student, call_.vocab_size, ahead(0));
-    });
-    return found;
-  }
+  using Chunk = typename KeptColumns<T>::Chunk;
 
-  // The others stay where they are and are passed over. The frame: the logits of both sides where
-  // the teacher is large.
-  void mask_from(T threshold) {
-    masked_ = true;
-    int64_t top = 0;
-    const int64_t stride = columns_ / 256 + 1;
-    for (int64_t i = 0; i < columns_; i += stride) {
-      if (teacher_[i] > teacher_[top]) top = i;
-    }
-    T beside;
-    beside = *load_columns<T>(call_.student, row_, top, 1, &beside);
-    if (!std::isfinite(beside)) beside = -kInf<T>;  // of a class that is perhaps pruned
-    sums_.frame = reverse_ ? Frame<T>{beside, teacher_[top]} : Frame<T>{teacher_[top], beside};
-  }
-
-  const T* load_teacher(int64_t begin, int64_t n) {
-    return teacher_ ? teacher_ + begin
-                    : load_columns<T>(call_.teacher, row_, begin, n, work_.scratch(1));
+  void read_first(const Chunk& chunk, int64_t begin) {
+    if (begin == 0 && !columns_.masked()) sums_.frame = frame_of(chunk);
+    sums_.add(read_chunk(chunk, begin));
+    work_.soft_frames()[begin / kChunk] = sums_.frame;
+    balance(2);
   }
 
   // e_other - e_lead is kept, q - p wanted: the two agree where both sums are alike, and where
@@ -169,63 +140,57 @@ class SoftTerm {
         (sums_.moved || std::fabs(log_ratio) > 0.01)) {
       balance(1);
       sums_ = {.frame = sums_.frame};
-      read_columns(Columns::kAll);
+      read_columns(true);
     } else if (kept && sums_.moved) {
-      read_columns(Columns::kUnbalanced);
+      read_columns(false);
     }
   }
 
-  enum class Columns { kFirst, kAll, kUnbalanced };
-
-  void read_columns(Columns which) {
+  // All, with their sums; or, into the row's frame, those that were read far from it.
+  void read_columns(bool all) {
     constexpr double kTolerable = 3;  // costs one or two bits of q at worst
-    for (int64_t begin = 0, index = 0; begin < columns_; begin += kChunk, ++index) {
+    for (int64_t begin = 0, index = 0; begin < columns(); begin += kChunk, ++index) {
       Frame<T>& frame = work_.soft_frames()[index];
-      if (which == Columns::kUnbalanced) {
+      if (!all) {
         const Scales scale = scales(frame);
         if (!(scale.other > kTolerable * scale.lead)) continue;
       }
-      const int64_t n = std::min(kChunk, columns_ - begin);
-      const T* student = student_
-                             ? student_ + begin
-                             : load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
-      const T* teacher = load_teacher(begin, n);
-      if (which == Columns::kFirst && begin == 0) sums_.frame = frame_of(student, teacher, n);
-      const Sums<T> chunk = read_chunk(student, teacher, begin, n);
-      if (which != Columns::kUnbalanced) sums_.add(chunk);
+      const Chunk chunk = columns_.load(begin, std::min(kChunk, columns() - begin));
+      const Sums<T> sums = read_chunk(chunk, begin);
+      if (all) sums_.add(sums);
       frame = sums_.frame;
-      if (which == Columns::kFirst) balance(2);
     }
   }
 
-  Frame<T> frame_of(const T* student, const T* teacher, int64_t n) const {
-    const T of_student = maximum(student, n), of_teacher = maximum(teacher, n);
-    return reverse_ ? Frame<T>{of_student, of_teacher} : Frame<T>{of_teacher, of_student};
+  Frame<T> frame_of(const Chunk& chunk) const {
+    const T student = maximum(chunk.student, chunk.n), teacher = maximum(chunk.teacher, chunk.n);
+    return reverse_ ? Frame<T>{student, teacher} : Frame<T>{teacher, student};
   }
 
   // The sums of one chunk in the row's frame, its exponentials to the buffers.
-  Sums<T> read_chunk(const T* student, const T* teacher, int64_t begin, int64_t n) {
-    Sums<T> chunk;
+  Sums<T> read_chunk(Chunk chunk, int64_t begin) {
+    Sums<T> sums;
     guarded_ |= !std::isfinite(sums_.frame.lead) || !std::isfinite(sums_.frame.other);
     if (!guarded_) {
-      chunk = run_exponentials(student, teacher, begin, n);
-      if (chunk.too_high && !masked_ && outgrown(frame_of(student, teacher, n))) {
-        chunk = run_exponentials(student, teacher, begin, n);
+      sums = run_exponentials(chunk, begin);
+      if (sums.too_high && !columns_.masked() && outgrown(frame_of(chunk))) {
+        sums = run_exponentials(chunk, begin);
       }
-      guarded_ = chunk.too_high || !std::isfinite(chunk.excess) ||
-                 !std::isfinite(chunk.lead + chunk.other);
-      if (chunk.probe != 0) valid_ &= !has_nan(student, n);
+      guarded_ =
+          sums.too_high || !std::isfinite(sums.excess) || !std::isfinite(sums.lead + sums.other);
+      if (sums.probe != 0) valid_ &= !has_nan(chunk.student, chunk.n);
     }
     if (guarded_) {
-      if (masked_) {
-        valid_ &= !has_nan(student, n);
-        mask(student, teacher, n, threshold_, work_.scratch(2), work_.scratch(3));
-        student = work_.scratch(2), teacher = work_.scratch(3);
+      if (columns_.masked()) {
+        valid_ &= !has_nan(chunk.student, chunk.n);
+        T *student = work_.scratch(2), *teacher = work_.scratch(3);
+        mask(chunk.student, chunk.teacher, chunk.n, columns_.threshold(), student, teacher);
+        chunk = {student, teacher, chunk.n};
       }
-      outgrown(frame_of(student, teacher, n));
-      chunk = run_guarded(reverse_ ? student : teacher, reverse_ ? teacher : student, begin, n);
+      outgrown(frame_of(chunk));
+      sums = run_guarded(chunk, begin);
     }
-    return chunk;
+    return sums;
   }
 
   // Moves the row to a new frame where a chunk's maximum is far above the old one.
@@ -242,29 +207,22 @@ class SoftTerm {
     return true;
   }
 
-  // The student's later columns, and the teacher's: of the next row where this one has been read.
-  Ahead ahead(int64_t begin) const {
-    return {teacher_ ? call_.teacher.address(after_, begin)
-                     : call_.teacher.address(row_, begin + kAhead),
-            call_.student.address(row_, begin + kAhead), call_.teacher.element_bytes(),
-            call_.student.element_bytes()};
-  }
-
-  Sums<T> run_exponentials(const T* student, const T* teacher, int64_t begin, int64_t n) {
+  Sums<T> run_exponentials(const Chunk& chunk, int64_t begin) {
     T *a = work_.a() + begin, *b = work_.b() + begin;
-    const Ahead ahead = this->ahead(begin);
+    const Ahead ahead = columns_.ahead(begin);
     const auto run = [&]<Keep kKeep, bool kTeacherLeads, bool kPruned>() {
-      const T* lead = kTeacherLeads ? teacher : student;
-      const T* other = kTeacherLeads ? student : teacher;
-      return inverse_.direct(sums_.frame)
-                 ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
-                       lead, other, n, sums_.frame, inverse_, threshold_, ahead, a, b)
-                 : exponentials<kKeep, kPruned, kTeacherLeads, false>(
-                       lead, other, n, sums_.frame, inverse_, threshold_, ahead, a, b);
+      const T* lead = kTeacherLeads ? chunk.teacher : chunk.student;
+      const T* other = kTeacherLeads ? chunk.student : chunk.teacher;
+      return inverse_.direct(sums_.frame) ? exponentials<kKeep, kPruned, kTeacherLeads, true>(
+                                                lead, other, chunk.n, sums_.frame, inverse_,
+                                                columns_.threshold(), ahead, a, b)
+                                          : exponentials<kKeep, kPruned, kTeacherLeads, false>(
+                                                lead, other, chunk.n, sums_.frame, inverse_,
+                                                columns_.threshold(), ahead, a, b);
     };
     const auto pick = [&]<Keep kKeep, bool kTeacherLeads>() {
-      return masked_ ? run.template operator()<kKeep, kTeacherLeads, true>()
-                     : run.template operator()<kKeep, kTeacherLeads, false>();
+      return columns_.masked() ? run.template operator()<kKeep, kTeacherLeads, true>()
+                               : run.template operator()<kKeep, kTeacherLeads, false>();
     };
     switch (keep_) {
       case Keep::kForward:
@@ -278,7 +236,10 @@ class SoftTerm {
     }
   }
 
-  Sums<T> run_guarded(const T* lead, const T* other, int64_t begin, int64_t n) {
+  Sums<T> run_guarded(const Chunk& chunk, int64_t begin) {
+    const T* lead = reverse_ ? chunk.student : chunk.teacher;
+    const T* other = reverse_ ? chunk.teacher : chunk.student;
+    const int64_t n = chunk.n;
     Frame<T> frame = sums_.frame;  // a side without a finite logit so far: any frame serves
     if (frame.lead == -kInf<T>) frame.lead = 0;
     if (frame.other == -kInf<T>) frame.other = 0;
@@ -312,8 +273,8 @@ class SoftTerm {
     log_ratio_ = std::fabs(ratio) < 0.5 ? std::log1p(ratio) : std::log(1 + ratio);
     if (mixed_) {
       Mixture<double> total;
-      for (int64_t begin = 0, index = 0; begin < columns_; begin += kChunk, ++index) {
-        const int64_t n = std::min(kChunk, columns_ - begin);
+      for (int64_t begin = 0, index = 0; begin < columns(); begin += kChunk, ++index) {
+        const int64_t n = std::min(kChunk, columns() - begin);
         const Scales scale = scales(work_.soft_frames()[index]);
         const Mixture<T> chunk =
             mixture(work_.a() + begin, work_.b() + begin, n, static_cast<T>(call_.beta),
@@ -340,6 +301,20 @@ class SoftTerm {
     return static_cast<T>(divergence_);
   }
 
+  T finish_decoupled() {
+    if (keep_ != Keep::kNothing) columns_.put_label_back();
+    empty_ = sums_.lead == 0 || sums_.other == 0;
+    T among_others = sums_.lead == 0 ? T(0) : kInf<T>;
+    if (!empty_) among_others = divergence();
+    const double lead = double{sums_.frame.lead} * inverse_.lead + std::log(sums_.lead);
+    const double other = double{sums_.frame.other} * inverse_.other + std::log(sums_.other);
+    target_ = binary_divergence(
+        double{columns_.label_teacher()} * inverse_.lead - (sums_.lead == 0 ? -kInf<double> : lead),
+        double{columns_.label_student()} * inverse_.other -
+            (sums_.other == 0 ? -kInf<double> : other));
+    return std::isnan(target_.divergence) ? kNaN<T> : among_others;
+  }
+
   struct Scales {
     double lead, other;
   };
@@ -347,27 +322,25 @@ class SoftTerm {
   Scales scales(Frame<T> frame) const {
     const double lead = (double{frame.lead} - sums_.frame.lead) * inverse_.lead;
     const double other = (double{frame.other} - sums_.frame.other) * inverse_.other;
-    return {std::exp(lead) / sums_.lead, std::exp(other) / sums_.other};
+    return {sums_.lead > 0 ? std::exp(lead) / sums_.lead : 0,
+            sums_.other > 0 ? std::exp(other) / sums_.other : 0};
   }
 
   const KdRows& call_;
   Workspace<T>& work_;
-  const int64_t row_, after_;
-  int64_t columns_;
-  const T weight_, student_inverse_;
+  KeptColumns<T> columns_;
+  const T weight_, target_weight_, student_inverse_;
   const bool reverse_, mixed_;
   Temperatures<T> inverse_;
   Keep keep_;
-  const T* teacher_ = nullptr;  // converted whole where classes are pruned, or gathered
-  const T* student_ = nullptr;  // gathered
-  T threshold_ = 0;             // the smallest teacher logit kept
-  bool masked_ = false;         // classes below the threshold are passed over
-  bool guarded_ = false;        // an infinity was met in this row
-  bool valid_ = true;           // no NaN so far
+  bool guarded_ = false;  // an infinity was met in this row
+  bool valid_ = true;     // no NaN so far
   RowSums<T> sums_;
   double log_ratio_ = 0;     // ln(Z_other / Z_lead) in the row's frame
   double divergence_ = 0;    // unweighted
   double from_student_ = 0;  // KL(q || m)
+  Binary target_;
+  bool empty_ = false;  // but for the label, a side has no finite logit
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

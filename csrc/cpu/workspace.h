@@ -13,7 +13,7 @@ struct Workspace {
       : vocab_size(vocab_size),
         stride((vocab_size + 2 * 64 + 15) / 16 * 16),
         chunks((vocab_size + kChunk - 1) / kChunk),
-        memory(new T[6 * stride + 4 * kChunk]),
+        memory(new T[6 * stride + 6 * kChunk]),
         frames(new Frame<T>[2 * chunks]),
         columns(new int32_t[stride]) {}
 

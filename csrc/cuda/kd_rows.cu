@@ -212,6 +212,9 @@ size_t workspace_bytes(const KdRows& call) {
 
 const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
   if (call.is_double) return "the CUDA kernels do not take float64 logits";
+  if (call.target_weight != nullptr || call.teacher_probs) {
+    return "the CUDA kernels have no decoupled terms and take no teacher's probabilities";
+  }
   if (call.N == 0) return nullptr;
   const Plan layout = plan(call);
   if (layout.error != nullptr) return layout.error;

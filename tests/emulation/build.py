@@ -93,7 +93,7 @@ def backends() -> list[str]:
         name = f"emulated{suffix}"
         if name not in ops._BACKENDS:
             ops._define(suffix)
-            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False)
+            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, plain=True)
         names.append(name)
     _load_ops()
     return names

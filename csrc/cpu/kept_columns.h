@@ -1,0 +1,160 @@
+// Which columns of a row the soft term reads, and reading them: all, those above a threshold, or a
+// few gathered; without the label where it has a term of its own.
+#pragma once
+#include "select.h"
+#include "workspace.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+template <class T>
+class KeptColumns {
+ public:
+  struct Chunk {
+    const T *student, *teacher;
+    int64_t n;
+  };
+
+  // `after`: the row that this thread is likely to compute next.
+  KeptColumns(const KdRows& call, Workspace<T>& work, int64_t row, int64_t after)
+      : call_(call),
+        work_(work),
+        row_(row),
+        after_(after),
+        columns_(call.vocab_size),
+        label_(call.target_weight ? call.labels[row] : -1) {}
+
+  // To be called before any column is read. False: a NaN was met.
+  bool select() {
+    if (call_.keep >= call_.vocab_size) return true;
+    teacher_ = stored_teacher(0, columns_, work_.teacher());
+    threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a(), work_.b());
+    if (std::isnan(threshold_)) return false;  // a NaN leaves the teacher without an order
+    const int64_t few = columns_ / 32;
+    if (call_.keep <= few && gather(few)) return !row_has_nan();
+    masked_ = true;
+    return true;
+  }
+
+  int64_t count() const { return columns_; }
+  // Not all: the columns read are these classes. Else null.
+  const int32_t* classes() const { return student_ ? work_.kept_columns() : nullptr; }
+  // Classes below the threshold do not exist, but are read as well.
+  bool masked() const { return masked_; }
+  T threshold() const { return threshold_; }
+  bool leaves_out_label() const { return label_ >= 0; }
+  T label_student() const { return label_student_; }
+  T label_teacher() const { return label_teacher_; }
+
+  Chunk load(int64_t begin, int64_t n) {
+    return load(begin, n,
+                student_ ? student_ + begin
+                         : load_columns<T>(call_.student, row_, begin, n, work_.scratch(0)));
+  }
+  // The same beside the student's columns, loaded.
+  Chunk load(int64_t begin, int64_t n, const T* student) {
+    const Chunk chunk{student,
+                      teacher_ ? teacher_ + begin : stored_teacher(begin, n, work_.scratch(1)), n};
+    const bool holds_label = label_ >= begin && label_ < begin + n && !student_;
+    return holds_label ? leave_out_label(chunk, label_ - begin) : chunk;
+  }
+
+  // What is kept of a chunk's last column goes back to where it was; of the label nothing is.
+  void put_label_back() {
+    if (student_) return;
+    const int64_t last = std::min((label_ / kChunk + 1) * kChunk, columns_) - 1;
+    for (T* kept : {work_.a(), work_.b()}) {
+      kept[last] = kept[label_];
+      kept[label_] = 0;
+    }
+  }
+
+  // The logits of both sides where the teacher's is among the largest.
+  Frame<T> beside_top() const {
+    int64_t top = label_ == 0 ? 1 : 0;
+    const int64_t stride = columns_ / 256 + 1;
+    for (int64_t i = 0; i < columns_; i += stride) {
+      if (teacher_[i] > teacher_[top] && i != label_) top = i;
+    }
+    T beside = student_at(top);
+    if (!std::isfinite(beside)) beside = -kInf<T>;  // of a class that is perhaps pruned
+    return {teacher_[top], beside};
+  }
+
+  // The student's later columns, and the teacher's: of the next row where this one has been read.
+  Ahead ahead(int64_t begin) const {
+    return {teacher_ ? call_.teacher.address(after_, begin)
+                     : call_.teacher.address(row_, begin + kAhead),
+            call_.student.address(row_, begin + kAhead), call_.teacher.element_bytes(),
+            call_.student.element_bytes()};
+  }
+
+ private:
+  // Few classes are taken out of their rows: the others cost no exponential. False where ties make
+  // them many.
+  bool gather(int64_t few) {
+    int32_t* classes = work_.kept_columns();
+    int64_t count = columns_from(teacher_, columns_, threshold_, few, classes);
+    if (count > few) return false;
+    if (label_ >= 0) {
+      count = std::remove(classes, classes + count, static_cast<int32_t>(label_)) - classes;
+      label_student_ = student_at(label_);
+      label_teacher_ = teacher_[label_];
+    }
+    T* teacher = work_.kept_teacher();
+    for (int64_t i = 0; i < count; ++i) teacher[i] = teacher_[classes[i]];
+    student_ = gather_columns<T>(call_.student, row_, classes, count, work_.kept_student());
+    teacher_ = teacher;
+    columns_ = count;
+    return true;
+  }
+
+  T student_at(int64_t column) const {
+    T value;
+    return *load_columns<T>(call_.student, row_, column, 1, &value);
+  }
+
+  // A NaN in the student's logits, of which this is then the only reading.
+  bool row_has_nan() const {
+    bool found = false;
+    dispatch(call_.student.dtype, [&](auto* stored) {
+      using Stored = std::remove_pointer_t<decltype(stored)>;
+      const auto* student =
+          static_cast<const Stored*>(call_.student.data) + call_.student.offset(row_);
+      found = has_nan_stored(student, call_.vocab_size, ahead(0));
+    });
+    return found;
+  }
+
+  const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {
+    const T* teacher = load_columns<T>(call_.teacher, row_, begin, n, scratch);
+    if (!call_.teacher_probs) return teacher;
+    logarithms(teacher, n, scratch);
+    return scratch;
+  }
+
+  // Copies of the chunk in which the last column has taken the label's place.
+  Chunk leave_out_label(Chunk chunk, int64_t label) {
+    label_student_ = chunk.student[label];
+    label_teacher_ = chunk.teacher[label];
+    const auto without = [&](const T* from, T* to) {
+      std::copy(from, from + chunk.n, to);
+      to[label] = from[chunk.n - 1];
+      return to;
+    };
+    return {without(chunk.student, work_.scratch(4)), without(chunk.teacher, work_.scratch(5)),
+            chunk.n - 1};
+  }
+
+  const KdRows& call_;
+  Workspace<T>& work_;
+  const int64_t row_, after_;
+  int64_t columns_;
+  const int64_t label_;         // that is left out; -1: none
+  const T* teacher_ = nullptr;  // converted whole where classes are pruned, or gathered
+  const T* student_ = nullptr;  // gathered
+  T threshold_ = 0;             // the smallest teacher logit kept
+  bool masked_ = false;
+  T label_student_ = 0, label_teacher_ = 0;
+};
+
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,240 @@
+"""The autograd function of the losses: kernel, reduction of its rows, backward."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[..., V] as [N, V] or [A, B, V], stride 1 in V: a view wherever two strides give the rows.
+
+    Three dimensions, not only two: ``logits[:, :-1]`` of [batch, sequence, V] needs no copy.
+    """
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        logits = logits.contiguous()
+    dim = logits.dim()
+    if dim > 3:
+        return logits.flatten(0, -3)
+    return logits if dim > 1 else logits.unsqueeze(0)
+
+
+def _is_view(rows: Tensor, logits: Tensor) -> bool:
+    """Whether `as_rows` made `rows` without a copy: then they have the strides of `logits`."""
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        return False
+    if logits.dim() <= 3:
+        return True
+    sizes, strides = logits.shape[:-2], logits.stride()[:-2]
+    outer = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
+    return all(s == n1 * s1 for (_, s), (n1, s1) in pairwise(outer))
+
+
+# torch sums 32768 numbers on one thread and more on all: in an order that depends on how many.
+_SERIAL_SUM = 16384
+
+
+class Term(NamedTuple):
+    """What one term of a row counts in the loss: scale * mix."""
+
+    scale: Tensor | None = (
+        None  # [N] of all terms alike but for T^2; None: the term is not computed
+    )
+    mix: float = 0.0  # at 0 the term stays out of the sum: 0 times an infinite one would be NaN
+
+    def weight(self) -> Tensor | None:
+        """[N], as the kernel takes it."""
+        return self.scale if self.scale is None or self.mix == 1 else self.scale * self.mix
+
+
+class Request(NamedTuple):
+    """One call of a loss, less the student's logits: the kernel's arguments and the reduction."""
+
+    teacher: Tensor  # [..., V_teacher]
+    labels: Tensor | None  # [N] int64
+    student_inv_temperature: Tensor  # [N]
+    teacher_inv_temperature: Tensor  # [N]
+    soft: Term
+    hard: Term
+    target: Term  # of the decoupled loss, whose soft term then leaves out the label
+    keep: int
+    vocab_size: int
+    beta: float
+    per_row: bool  # reduction "none"
+    terms: bool  # return the terms too
+    teacher_probs: bool  # the teacher's rows hold probabilities
+    inplace: bool
+    ops: tuple[Any, Any]  # kd_rows and scale_rows_ of the backend
+
+
+# loss, soft, hard, target
+Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _float16_scale(
+    inv_temperature: Tensor,
+    soft: Tensor | None,
+    hard: Tensor | None,
+    target: Tensor | None,
+    *,
+    beta: float,
+) -> Tensor:
+    """[N] powers of two, each bringing the largest gradient its row's weights allow to about 2^8.
+
+    float16 ends at 6e-8 and a gradient is of the order of 1 / (V N): so it is stored scaled, and
+    backward divides. |q - p| <= 1, and the gradient of a mixture's divergence is hardly larger;
+    that of the reverse one grows with the gap between the logits: 2^4 leaves it room up to 4000.
+    Per row: one weight or temperature that is huge, infinite or NaN costs no other row its digits.
+    """
+    bound = torch.zeros_like(inv_temperature)
+    for weight in (soft, target):
+        if weight is not None:
+            bound = bound + weight.abs() * inv_temperature
+    if hard is not None:
+        bound = bound + hard.abs()
+    _, exponent = torch.frexp(bound)
+    exponent = ((8 if beta < 1 else 4) - exponent).clamp(-100, 100)  # also its inverse is finite
+    return torch.where((bound > 0) & (bound < torch.inf), torch.exp2(exponent.to(bound.dtype)), 1)
+
+
+def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
+    """Launch the kernel and reduce its rows; returns the terms and what `dstudent` is scaled by."""
+    inv_temperature = request.student_inv_temperature
+    terms = (request.soft, request.hard, request.target)
+    weights = [term.weight() for term in terms]
+    scaled, scale = weights, None
+    if dstudent is not None and dstudent.dtype == torch.float16:
+        scale = _float16_scale(inv_temperature, *weights, beta=request.beta)
+        scaled = [None if weight is None else weight * scale for weight in weights]
+    student_rows = as_rows(student)
+    dstudent_rows = None
+    if dstudent is not None:
+        dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
+    target = None if scaled[2] is None else torch.empty_like(inv_temperature)
+    soft, hard = request.ops[0](
+        student_rows,
+        as_rows(request.teacher),
+        request.labels,
+        inv_temperature,
+        request.teacher_inv_temperature,
+        scaled[0],
+        scaled[1],
+        dstudent_rows,
+        request.keep,
+        request.vocab_size,
+        request.beta,
+        scaled[2],
+        target,
+        request.teacher_probs,
+    )
+
+    if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
+        student.copy_(dstudent_rows.view_as(student))
+
+    def reduce(rows: Tensor) -> Tensor:
+        if request.per_row:
+            return rows.view(student.shape[:-1])
+        if rows.shape[0] <= _SERIAL_SUM:
+            return rows.sum()
+        return torch.stack([part.sum() for part in rows.split(_SERIAL_SUM)]).sum()
+
+    loss = None
+    values = (soft, hard, target)
+    for rows, term, weight in zip(values, terms, weights, strict=True):
+        if weight is not None and term.mix != 0:
+            assert rows is not None
+            loss = rows * weight if loss is None else torch.addcmul(loss, rows, weight)
+    assert loss is not None, "no term of the loss was asked for"
+    if not request.terms:
+        return (reduce(loss), None, None, None), scale
+    soft_term, hard_term, target_term = (
+        None if rows is None or term.scale is None else reduce(rows * term.scale)
+        for rows, term in zip(values, terms, strict=True)
+    )
+    return (reduce(loss), soft_term, hard_term, target_term), scale
+
+
+# Whether the running backward retains its graph, so that what it saved is needed again.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes a gradient on, and raises where it is to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, None]:
+        raise RuntimeError("the gradient of kd_loss cannot be differentiated a second time")
+
+
+class _KDTerms(torch.autograd.Function):
+    """The loss, or all of Terms; forward computes its gradient, backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, request: Request) -> Tensor | Terms:
+        if request.inplace:
+            dstudent = student
+        else:
+            dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
+        terms, ctx.scale = _run(student, request, dstudent)
+        if request.inplace:
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(dstudent)
+        # Not the request itself: it would keep the teacher's logits alive.
+        ctx.inplace, ctx.per_row, ctx.ops = request.inplace, request.per_row, request.ops
+        ctx.spent = False
+        ctx.set_materialize_grads(False)
+        if not request.terms:
+            return terms[0]
+        ctx.mark_non_differentiable(*(term for term in terms[1:] if term is not None))
+        return terms
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        if dloss is None:
+            return None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradient = _KDTerms.backward(ctx, dloss)[0]
+            assert gradient is not None
+            anchor = torch.zeros((), device=gradient.device, requires_grad=True)
+            return _OnceDifferentiable.apply(gradient, anchor), None
+        if ctx.spent:
+            raise RuntimeError(
+                "kd_loss(inplace=True) was run backward a second time, but its gradient lives in "
+                "student_logits and was handed out by the first: pass inplace=False"
+            )
+        (dstudent,) = ctx.saved_tensors
+        dstudent = dstudent.detach()
+        if ctx.per_row or ctx.scale is not None:
+            dloss = dloss.reshape(-1)  # [N], or [1] beside a scale of [N]
+        if ctx.scale is not None:
+            dloss = dloss / ctx.scale
+        if torch.compiler.is_compiling():  # it fuses the product, and sees no mutation
+            if dloss.dim():
+                dloss = dloss.view(*dstudent.shape[:-1], 1)
+            return (dstudent * dloss).to(dstudent.dtype), None
+        if ctx.inplace:
+            ctx.spent = True
+        elif _keeps_graph():
+            dstudent = dstudent.clone()
+        rows = as_rows(dstudent)
+        ctx.ops[1](rows, dloss.contiguous())
+        if not _is_view(rows, dstudent):
+            dstudent.copy_(rows.view_as(dstudent))
+        return dstudent, None
+
+
+def kd_terms(student: Tensor, request: Request) -> Terms:
+    """The loss and its terms, reduced, with a graph where the student needs a gradient."""
+    if student.requires_grad and torch.is_grad_enabled():
+        terms = _KDTerms.apply(student, request)
+        return terms if request.terms else (terms, None, None, None)
+    return _run(student, request, None)[0]

@@ -1,0 +1,154 @@
+"""What every loss has in common: arguments -> rows, weights and reduction. All of the policy."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .arguments import (
+    check_inplace,
+    check_keep,
+    check_labels,
+    check_logits,
+    check_reduction,
+    check_rows,
+    check_teacher_kind,
+    check_temperature,
+)
+from .autograd import Request, Term
+from .spec import compute_dtype
+
+
+def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Inductor keeps an earlier value of a fill that has become symbolic.
+        return like.new_ones(N, dtype=dtype) * value
+    return like.new_full((N,), value, dtype=dtype)
+
+
+def _inverse_and_square(
+    temperature: float | Tensor, N: int, logits: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float | Tensor]:
+    """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
+    if not isinstance(temperature, Tensor):
+        return _filled(1 / temperature, N, logits, dtype), temperature * temperature
+    temperature = temperature.detach().to(dtype)
+    usable = (temperature > 0) & (temperature < torch.inf)
+    return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
+
+
+def _row_scales(
+    like: Tensor,  # [N]
+    squared_temperature: float | Tensor,  # [N]
+    counting: Tensor | None,  # [N] bool
+    token_weights: Tensor | None,  # [N]
+    num_items: float | Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor | None]:
+    """What a row's soft and hard term count in the loss, before alpha: the one place of policy.
+
+    Without labels there is no hard term, and no scale of it.
+
+    scale_r = token_weight_r / divisor, for the soft term times T_r^2, and 0 where r does not count:
+    selected there, not multiplied, for an ignored row may carry a NaN.
+    """
+    divisor: float | Tensor = 1.0
+    if reduction == "batchmean":
+        if num_items is not None:
+            divisor = num_items
+            if isinstance(num_items, Tensor):  # of any shape: it must not add dimensions to rows
+                divisor = num_items.detach().to(like.dtype).reshape(())
+        elif counting is not None:
+            divisor = counting.sum().clamp_min(1)
+        else:
+            divisor = max(like.shape[0], 1)
+    weights = counting if token_weights is None else token_weights.detach()
+    if weights is None and not isinstance(divisor, Tensor):
+        if isinstance(squared_temperature, Tensor):
+            return squared_temperature / divisor, None
+        scale = squared_temperature / divisor
+        return _filled(scale, like.shape[0], like, like.dtype), None
+    hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
+    if counting is not None and token_weights is not None:
+        hard = torch.where(counting, hard, 0)
+    if isinstance(divisor, Tensor) or divisor != 1:
+        hard = hard / divisor
+    if isinstance(squared_temperature, Tensor):
+        return torch.where(hard == 0, 0, hard * squared_temperature), hard
+    return (hard if squared_temperature == 1 else hard * squared_temperature), hard
+
+
+def request(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    soft: float,
+    hard: float,
+    target: float | None = None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    beta: float = 0.0,
+    top_k: int | None,
+    bottom_percentile: float,
+    vocab_size: int | None,
+    teacher_kind: str,
+    ignore_index: int,
+    token_weights: Tensor | None,
+    num_items: float | Tensor | None,
+    reduction: str,
+    return_terms: bool,
+    inplace: bool,
+    backend: str,
+) -> Request:
+    """Checks the arguments and folds them into what the kernel takes.
+
+    `soft`, `hard`, `target`: what the terms weigh in the loss; a target makes it the decoupled one.
+    The other arguments are those of :func:`fastkd.kd_loss`.
+    """
+    vocab = check_logits(student_logits, teacher_logits, vocab_size)
+    check_teacher_kind(teacher_kind)
+    check_reduction(reduction, num_items)
+    keep = check_keep(top_k, bottom_percentile, vocab)
+    labels = check_labels(labels, student_logits, vocab, ignore_index)
+    temperature = check_temperature("temperature", temperature, student_logits)
+    if teacher_temperature is not None:
+        teacher_temperature = check_temperature(
+            "teacher_temperature", teacher_temperature, student_logits
+        )
+    if token_weights is not None:
+        token_weights = check_rows("token_weights", token_weights, student_logits)
+    if inplace:
+        check_inplace(student_logits)
+
+    dtype = compute_dtype(student_logits, teacher_logits)
+    N = student_logits.shape[:-1].numel()
+    student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
+    teacher_inverse = student_inverse
+    if teacher_temperature is not None:
+        teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, student_logits, dtype)
+    counting = None if labels is None else labels != ignore_index
+    soft_scale, hard_scale = _row_scales(
+        student_inverse, squared, counting, token_weights, num_items, reduction
+    )
+    decoupled, probs = target is not None, teacher_kind == "probs"
+    wants_soft = soft > 0 or return_terms or decoupled
+    wants_hard = labels is not None and (hard > 0 or return_terms)
+    return Request(
+        teacher=teacher_logits,
+        labels=labels,
+        student_inv_temperature=student_inverse,
+        teacher_inv_temperature=teacher_inverse,
+        soft=Term(soft_scale if wants_soft else None, soft),
+        hard=Term(hard_scale if wants_hard else None, hard),
+        target=Term() if target is None else Term(soft_scale, target),
+        keep=keep,
+        vocab_size=vocab,
+        beta=float(beta),
+        per_row=reduction == "none",
+        terms=return_terms,
+        teacher_probs=probs,
+        inplace=inplace,
+        ops=ops.choose_backend(
+            backend, student_logits.device, dtype, plain=not (decoupled or probs)
+        ),
+    )
