@@ -60,6 +60,27 @@ struct KdRows {
   bool teacher_probs = false;  // the teacher's rows hold probabilities
 };
 
+// One call of fastkd::topk_rows; the fields of KdRows mean what they mean there.
+struct TopkRows {
+  Rows student;
+  Rows dstudent;
+  const int64_t* ids = nullptr;  // [N, k], ascending, each once; those >= vocab_size are not there
+  const void* log_probs = nullptr;  // [N, k]
+  const void* log_rest = nullptr;   // [N]: all other classes are one more; null: they have no p
+  const int64_t* labels = nullptr;
+  const void* student_inv_temperature = nullptr;
+  const void* teacher_inv_temperature = nullptr;
+  const void* soft_weight = nullptr;
+  const void* hard_weight = nullptr;
+  void* soft = nullptr;
+  void* hard = nullptr;
+  int64_t N = 0;
+  int64_t k = 0;
+  int64_t vocab_size = 0;
+  bool restricted = false;  // the student's softmax is over the ids as well
+  bool is_double = false;
+};
+
 // One call of fastkd::scale_rows_.
 struct ScaleRows {
   Rows dstudent;

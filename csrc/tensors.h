@@ -138,6 +138,70 @@ std::tuple<Tensor, Tensor> kd_rows(
   return {soft, hard};
 }
 
+// The op fastkd::topk_rows.
+template <void (*launch)(const TopkRows& call, const Tensor& student)>
+std::tuple<Tensor, Tensor> topk_rows(
+    const Tensor& student, const Tensor& ids, const Tensor& log_probs,
+    const std::optional<Tensor>& log_rest, const std::optional<Tensor>& labels,
+    const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
+    const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
+    const std::optional<Tensor>& dstudent, int64_t vocab_size, bool restricted) {
+  TopkRows call;
+  call.student = rows(student);
+  call.N = number_of_rows(student);
+  if (dstudent) {
+    call.dstudent = rows(*dstudent);
+    STD_TORCH_CHECK(
+        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
+        "fastkd: dstudent must have the rows and the V of student");
+  }
+  const DType compute = dtype(student_inv_temperature);
+  call.is_double = compute == DType::kDouble;
+  STD_TORCH_CHECK(compute == DType::kFloat || call.is_double,
+                  "fastkd: the compute dtype must be float or double");
+  STD_TORCH_CHECK(call.is_double || call.student.dtype != DType::kDouble,
+                  "fastkd: double logits need vectors of double");
+  const auto device = student.device();
+  const auto check = [&](const Tensor& values, int64_t count, bool fits) {
+    STD_TORCH_CHECK(values.device() == device,
+                    "fastkd: every tensor must be on the device of student");
+    STD_TORCH_CHECK(values.numel() == count && values.is_contiguous() && fits,
+                    "fastkd: per-row tensors must be contiguous, [N] or [N, k] and of the compute "
+                    "dtype, ids and labels int64");
+  };
+  STD_TORCH_CHECK(ids.dim() == 2, "fastkd: ids must be [N, k]");
+  call.k = ids.size(1);
+  check(ids, call.N * call.k, ids.scalar_type() == ScalarType::Long);
+  check(log_probs, call.N * call.k, dtype(log_probs) == compute);
+  for (const Tensor* vector : {&student_inv_temperature, &teacher_inv_temperature}) {
+    check(*vector, call.N, dtype(*vector) == compute);
+  }
+  for (const std::optional<Tensor>* vector : {&log_rest, &soft_weight, &hard_weight}) {
+    if (*vector) check(**vector, call.N, dtype(**vector) == compute);
+  }
+  if (labels) check(*labels, call.N, labels->scalar_type() == ScalarType::Long);
+  if (dstudent) STD_TORCH_CHECK(dstudent->device() == device, "fastkd: dstudent is elsewhere");
+  STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= call.student.width,
+                  "fastkd: vocab_size out of range");
+  call.ids = static_cast<const int64_t*>(ids.data_ptr());
+  call.log_probs = log_probs.data_ptr();
+  call.log_rest = data(log_rest);
+  call.labels = static_cast<const int64_t*>(data(labels));
+  call.student_inv_temperature = student_inv_temperature.data_ptr();
+  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
+  call.soft_weight = data(soft_weight);
+  call.hard_weight = data(hard_weight);
+  call.vocab_size = vocab_size;
+  call.restricted = restricted;
+  Tensor soft = new_vector(student_inv_temperature, call.N);
+  Tensor hard = new_vector(student_inv_temperature, call.N);
+  call.soft = soft.data_ptr();
+  call.hard = hard.data_ptr();
+  launch(call, student);
+  return {soft, hard};
+}
+
 // The op fastkd::scale_rows_.
 template <void (*launch)(const ScaleRows& call, const Tensor& dstudent)>
 void scale_rows(Tensor dstudent, const Tensor& scale) {

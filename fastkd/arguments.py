@@ -30,19 +30,79 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_tensor_of_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+
+
+def check_sparse_teacher(
+    student: Tensor, ids: Tensor, log_probs: Tensor, vocab_size: int | None
+) -> int:
+    """Dtypes, devices, shapes and (on the host) the ids' range; how many classes take part."""
+    check_tensor_of_logits("student_logits", student)
+    for name, values in (("teacher_ids", ids), ("teacher_log_probs", log_probs)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+        if values.device != student.device:
+            raise ValueError(
+                f"{name} must be on the device of student_logits, {student.device}, "
+                f"got {values.device}"
+            )
+        if values.dim() != student.dim() or values.shape[:-1] != student.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {(*student.shape[:-1], 'k')}, got {tuple(values.shape)}"
+            )
+    if ids.dtype not in LABEL_DTYPES:
+        raise TypeError(f"teacher_ids must be int64 or int32, got {ids.dtype}")
+    if log_probs.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"teacher_log_probs must be of a floating dtype, got {log_probs.dtype}")
+    if ids.shape != log_probs.shape or ids.shape[-1] == 0:
+        raise ValueError(
+            "teacher_ids and teacher_log_probs must have the same k >= 1, "
+            f"got {ids.shape[-1]} and {log_probs.shape[-1]}"
+        )
+    if log_probs.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher_log_probs requires a gradient, but it is a constant: detach it")
+    vocab = check_vocab_size(vocab_size, student.shape[-1], None)
+    if on_host(ids):
+        bad = (ids < -1) | (ids >= vocab)
+        if bad.any():
+            raise ValueError(
+                f"teacher_ids must lie in [0, {vocab}), or be -1 where there is none, "
+                f"got {ids[bad][0].item()}"
+            )
+    return vocab
+
+
+def check_vocab_size(vocab_size: int | None, student: int, teacher: int | None) -> int:
+    """How many leading classes take part; the sizes are those of the logits."""
+    if vocab_size is None:
+        if teacher is not None and student != teacher:
+            raise ValueError(
+                f"student_logits has {student} classes and teacher_logits {teacher}: "
+                "pass vocab_size, the number of leading classes the two have in common"
+            )
+        return student
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    largest = student if teacher is None else min(student, teacher)
+    if not 1 <= vocab_size <= largest:
+        sizes = f"student {student}" + ("" if teacher is None else f", teacher {teacher}")
+        raise ValueError(
+            f"vocab_size must lie in [1, {largest}], the classes the logits have ({sizes}), "
+            f"got {vocab_size}"
+        )
+    return vocab_size
+
+
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     """Dtypes, devices and shapes of the two logits; returns how many classes take part."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
-        if logits.dtype not in LOGITS_DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-            )
-        if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}"
-            )
+    check_tensor_of_logits("student_logits", student)
+    check_tensor_of_logits("teacher_logits", teacher)
     if student.device != teacher.device:
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {student.device}, "
@@ -59,22 +119,7 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             "teacher_logits requires a gradient, but the teacher is a constant here: "
             "pass teacher_logits.detach(), or run the teacher under torch.no_grad()"
         )
-    student_size, teacher_size = student_shape[-1], teacher_shape[-1]
-    if vocab_size is None:
-        if student_size != teacher_size:
-            raise ValueError(
-                f"student_logits has {student_size} classes and teacher_logits {teacher_size}: "
-                "pass vocab_size, the number of leading classes the two have in common"
-            )
-        return student_size
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
-    if not (1 <= vocab_size <= student_size and vocab_size <= teacher_size):
-        raise ValueError(
-            f"vocab_size must lie in [1, {min(student_size, teacher_size)}], the classes both "
-            f"logits have (student {student_size}, teacher {teacher_size}), got {vocab_size}"
-        )
-    return vocab_size
+    return check_vocab_size(vocab_size, student_shape[-1], teacher_shape[-1])
 
 
 def check_unit_interval(name: str, value: float) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .ops import Ops
+
 
 def as_rows(logits: Tensor) -> Tensor:
     """[..., V] as [N, V] or [A, B, V], stride 1 in V: a view wherever two strides give the rows.
@@ -49,10 +51,19 @@ class Term(NamedTuple):
         return self.scale if self.scale is None or self.mix == 1 else self.scale * self.mix
 
 
+class SparseTeacher(NamedTuple):
+    """A teacher of k classes a row, as ops.TOPK_ROWS takes it."""
+
+    ids: Tensor  # [N, k]
+    log_probs: Tensor  # [N, k]
+    log_rest: Tensor | None  # [N]
+    restricted: bool
+
+
 class Request(NamedTuple):
     """One call of a loss, less the student's logits: the kernel's arguments and the reduction."""
 
-    teacher: Tensor  # [..., V_teacher]
+    teacher: Tensor | SparseTeacher  # [..., V_teacher]
     labels: Tensor | None  # [N] int64
     student_inv_temperature: Tensor  # [N]
     teacher_inv_temperature: Tensor  # [N]
@@ -66,7 +77,7 @@ class Request(NamedTuple):
     terms: bool  # return the terms too
     teacher_probs: bool  # the teacher's rows hold probabilities
     inplace: bool
-    ops: tuple[Any, Any]  # kd_rows and scale_rows_ of the backend
+    ops: Ops
 
 
 # loss, soft, hard, target
@@ -113,22 +124,32 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     if dstudent is not None:
         dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
     target = None if scaled[2] is None else torch.empty_like(inv_temperature)
-    soft, hard = request.ops[0](
-        student_rows,
-        as_rows(request.teacher),
-        request.labels,
-        inv_temperature,
-        request.teacher_inv_temperature,
-        scaled[0],
-        scaled[1],
-        dstudent_rows,
-        request.keep,
-        request.vocab_size,
-        request.beta,
-        scaled[2],
-        target,
-        request.teacher_probs,
-    )
+    vectors = (inv_temperature, request.teacher_inv_temperature, scaled[0], scaled[1])
+    if isinstance(request.teacher, SparseTeacher):
+        *teacher, restricted = request.teacher
+        soft, hard = request.ops.topk_rows(
+            student_rows,
+            *teacher,
+            request.labels,
+            *vectors,
+            dstudent_rows,
+            request.vocab_size,
+            restricted,
+        )
+    else:
+        soft, hard = request.ops.kd_rows(
+            student_rows,
+            as_rows(request.teacher),
+            request.labels,
+            *vectors,
+            dstudent_rows,
+            request.keep,
+            request.vocab_size,
+            request.beta,
+            scaled[2],
+            target,
+            request.teacher_probs,
+        )
 
     if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
         student.copy_(dstudent_rows.view_as(student))
@@ -226,7 +247,7 @@ class _KDTerms(torch.autograd.Function):
         elif _keeps_graph():
             dstudent = dstudent.clone()
         rows = as_rows(dstudent)
-        ctx.ops[1](rows, dloss.contiguous())
+        ctx.ops.scale_rows_(rows, dloss.contiguous())
         if not _is_view(rows, dstudent):
             dstudent.copy_(rows.view_as(dstudent))
         return dstudent, None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .decoupled import DKDLossOutput, dkd_loss
 from .loss import KDLossOutput, kd_loss
+from .sparse import topk_kd_loss
 
 
 class _LossModule(nn.Module):
@@ -86,3 +87,20 @@ class DKDLoss(_LossModule):
     ) -> Tensor | DKDLossOutput:
         """`options` override the attributes for this call; see :func:`dkd_loss`."""
         return self._call(student_logits, teacher_logits, labels, **options)
+
+
+class TopKKDLoss(_LossModule):
+    """:func:`topk_kd_loss` as a module, like :class:`KDLoss`."""
+
+    loss = staticmethod(topk_kd_loss)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_ids: Tensor,
+        teacher_log_probs: Tensor,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | KDLossOutput:
+        """`options` override the attributes for this call; see :func:`topk_kd_loss`."""
+        return self._call(student_logits, teacher_ids, teacher_log_probs, labels, **options)

@@ -24,6 +24,14 @@ KD_ROWS = (
     "Tensor(a!)? dstudent, int keep, int vocab_size, float beta, Tensor? target_weight=None, "
     "Tensor(b!)? target=None, bool teacher_probs=False) -> (Tensor soft, Tensor hard)"
 )
+# ids, log_probs [N, k]: ids ascending, each once, those >= vocab_size not there; log_rest [N]. See
+# spec.topk_rows.
+TOPK_ROWS = (
+    "(Tensor student, Tensor ids, Tensor log_probs, Tensor? log_rest, Tensor? labels, "
+    "Tensor student_inv_temperature, Tensor teacher_inv_temperature, Tensor? soft_weight, "
+    "Tensor? hard_weight, Tensor(a!)? dstudent, int vocab_size, bool restricted) "
+    "-> (Tensor soft, Tensor hard)"
+)
 # dstudent *= scale, one value or one per row, read on the device; nothing is done where it is 1.
 SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
 
@@ -34,10 +42,21 @@ def _kd_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Te
     return student.new_empty(N, dtype=dtype), student.new_empty(N, dtype=dtype)
 
 
-def _define(suffix: str, kd_rows: Callable | None = None, scale: Callable | None = None) -> None:
+def _topk_rows_fake(student: Tensor, ids: Tensor, log_probs: Tensor, *_: Any) -> Any:
+    N = student.shape[:-1].numel()
+    return log_probs.new_empty(N), log_probs.new_empty(N)
+
+
+def _define(
+    suffix: str,
+    kd_rows: Callable | None = None,
+    scale: Callable | None = None,
+    topk_rows: Callable | None = None,
+) -> None:
     for name, schema, kernel, fake in (
         (f"fastkd::kd_rows{suffix}", KD_ROWS, kd_rows, _kd_rows_fake),
         (f"fastkd::scale_rows{suffix}_", SCALE_ROWS, scale, lambda dstudent, scale: None),
+        (f"fastkd::topk_rows{suffix}", TOPK_ROWS, topk_rows, _topk_rows_fake),
     ):
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, fake)
@@ -46,7 +65,7 @@ def _define(suffix: str, kd_rows: Callable | None = None, scale: Callable | None
 
 
 _define("")
-_define("_reference", spec.kd_rows, spec.scale_rows_)
+_define("_reference", spec.kd_rows, spec.scale_rows_, spec.topk_rows)
 _define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
@@ -61,7 +80,7 @@ class Backend(NamedTuple):
     float64: bool = True  # whether it takes float64 logits
     unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
     by_name: bool = False  # "auto" passes it over
-    plain: bool = False  # has no decoupled terms, and takes no teacher's probabilities
+    plain: bool = False  # has kd_rows alone, without decoupled terms or a teacher's probabilities
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
@@ -112,9 +131,15 @@ def _can_run(backend: Backend, device: torch.device) -> bool:
     return backend.unfit is None or not backend.unfit(device.index)
 
 
-def _backend_ops(
-    name: str, device: torch.device, dtype: torch.dtype, plain: bool
-) -> tuple[Any, Any]:
+class Ops(NamedTuple):
+    """Of one backend; see the schemas."""
+
+    kd_rows: Any
+    scale_rows_: Any
+    topk_rows: Any
+
+
+def _backend_ops(name: str, device: torch.device, dtype: torch.dtype, plain: bool) -> Ops:
     double = dtype == torch.float64
     if name == "auto":
         name = next(
@@ -144,24 +169,20 @@ def _backend_ops(
         )
     if backend.plain and not plain:
         raise ValueError(
-            f"backend {name!r} computes kd_loss between logits, not yet the decoupled loss, nor "
-            'from a teacher\'s probabilities: pass backend="auto"'
+            f"backend {name!r} computes kd_loss between logits, not yet the decoupled loss, from "
+            'a teacher\'s probabilities or from a sparse teacher: pass backend="auto"'
         )
-    ops = torch.ops.fastkd
-    return (
-        getattr(ops, f"kd_rows{backend.suffix}").default,
-        getattr(ops, f"scale_rows{backend.suffix}_").default,
-    )
+    x = backend.suffix
+    names = (f"kd_rows{x}", f"scale_rows{x}_", f"topk_rows{x}")
+    return Ops(*(getattr(torch.ops.fastkd, name).default for name in names))
 
 
 # The choice takes as long as the kernel.
-_CHOSEN: dict[tuple[str, torch.device, torch.dtype, bool], tuple[Any, Any]] = {}
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype, bool], Ops] = {}
 
 
-def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, plain: bool = True
-) -> tuple[Any, Any]:
-    """The ops kd_rows and scale_rows_ of the first backend that can run, or of the one asked for.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, plain: bool = True) -> Ops:
+    """The ops of the first backend that can run, or of the one asked for.
 
     `dtype` is that of the arithmetic, spec.compute_dtype. `plain`: the terms of kd_loss between
     logits are all that is needed.

@@ -14,7 +14,7 @@ from .arguments import (
     check_teacher_kind,
     check_temperature,
 )
-from .autograd import Request, Term
+from .autograd import Request, SparseTeacher, Term
 from .spec import compute_dtype
 
 
@@ -79,7 +79,7 @@ def _row_scales(
 
 def request(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher: Tensor | SparseTeacher,
     labels: Tensor | None,
     *,
     soft: float,
@@ -88,10 +88,10 @@ def request(
     temperature: float | Tensor,
     teacher_temperature: float | Tensor | None,
     beta: float = 0.0,
-    top_k: int | None,
-    bottom_percentile: float,
+    top_k: int | None = None,
+    bottom_percentile: float = 0.0,
     vocab_size: int | None,
-    teacher_kind: str,
+    teacher_kind: str = "logits",
     ignore_index: int,
     token_weights: Tensor | None,
     num_items: float | Tensor | None,
@@ -103,12 +103,19 @@ def request(
     """Checks the arguments and folds them into what the kernel takes.
 
     `soft`, `hard`, `target`: what the terms weigh in the loss; a target makes it the decoupled one.
-    The other arguments are those of :func:`fastkd.kd_loss`.
+    The other arguments are those of :func:`fastkd.kd_loss`. A sparse teacher has been checked.
     """
-    vocab = check_logits(student_logits, teacher_logits, vocab_size)
+    sparse = isinstance(teacher, SparseTeacher)
+    if isinstance(teacher, SparseTeacher):
+        assert vocab_size is not None
+        keep = vocab = vocab_size
+        dtype = teacher.log_probs.dtype
+    else:
+        vocab = check_logits(student_logits, teacher, vocab_size)
+        keep = check_keep(top_k, bottom_percentile, vocab)
+        dtype = compute_dtype(student_logits, teacher)
     check_teacher_kind(teacher_kind)
     check_reduction(reduction, num_items)
-    keep = check_keep(top_k, bottom_percentile, vocab)
     labels = check_labels(labels, student_logits, vocab, ignore_index)
     temperature = check_temperature("temperature", temperature, student_logits)
     if teacher_temperature is not None:
@@ -120,7 +127,6 @@ def request(
     if inplace:
         check_inplace(student_logits)
 
-    dtype = compute_dtype(student_logits, teacher_logits)
     N = student_logits.shape[:-1].numel()
     student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
     teacher_inverse = student_inverse
@@ -134,7 +140,7 @@ def request(
     wants_soft = soft > 0 or return_terms or decoupled
     wants_hard = labels is not None and (hard > 0 or return_terms)
     return Request(
-        teacher=teacher_logits,
+        teacher=teacher,
         labels=labels,
         student_inv_temperature=student_inverse,
         teacher_inv_temperature=teacher_inverse,
@@ -149,6 +155,6 @@ def request(
         teacher_probs=probs,
         inplace=inplace,
         ops=ops.choose_backend(
-            backend, student_logits.device, dtype, plain=not (decoupled or probs)
+            backend, student_logits.device, dtype, plain=not (decoupled or probs or sparse)
         ),
     )

@@ -241,6 +241,73 @@ def _kd_rows(
     return soft, hard, target, gradient
 
 
+def topk_rows(
+    student: Tensor,  # [A, B, V_student] or [N, V_student]
+    ids: Tensor,  # [N, k] int64, ascending, each once; those >= vocab_size are not there
+    log_probs: Tensor,  # [N, k]
+    log_rest: Tensor | None,  # [N]; given: all other classes are one more class of both sides
+    labels: Tensor | None,  # [N] int64
+    student_inv_temperature: Tensor,  # [N]
+    teacher_inv_temperature: Tensor,  # [N]
+    soft_weight: Tensor | None,
+    hard_weight: Tensor | None,
+    dstudent: Tensor | None,
+    vocab_size: int,
+    restricted: bool,  # q is a softmax over the ids too; else, without log_rest, over all classes
+) -> tuple[Tensor, Tensor]:
+    """kd_rows for a teacher of k classes, KL(p || q) only; p = softmax(log_probs / T_teacher).
+
+    The bucket's logit is logsumexp of the student's others: pooled first, at T = 1, then taken to
+    the power 1 / T like every class, so that equal distributions have zero loss at every T.
+    """
+    z = student.reshape(-1, student.shape[-1])[:, :vocab_size].double()
+    weights = [w for w in (soft_weight, hard_weight) if w is not None]
+    skipped = torch.stack([w == 0 for w in weights]).all(0)
+    z = z.masked_fill(skipped.unsqueeze(-1), 0)
+    lost = z.isnan().any(-1)
+    if labels is not None:
+        labels = labels.masked_fill(skipped, 0)
+        lost = lost | (labels < 0) | (labels >= vocab_size)
+    soft = hard = z.new_zeros(z.shape[0])
+    gradient = torch.zeros_like(z)
+    if soft_weight is not None:
+        there = ids < vocab_size
+        inside = torch.zeros(z.shape[0], vocab_size + 1, dtype=torch.bool, device=z.device)
+        inside = inside.scatter(-1, ids.clamp_max(vocab_size), True)[:, :vocab_size]
+        y = z.new_full((z.shape[0], vocab_size + 1), -INF)
+        y = y.scatter(-1, ids.clamp_max(vocab_size), log_probs.double())[:, :vocab_size]
+        y = y.masked_fill(skipped.unsqueeze(-1), 0).masked_fill(~inside, -INF)
+        lost = lost | (log_probs.isnan() & there).any(-1) & ~skipped
+        if log_rest is None:
+            x = z * student_inv_temperature.unsqueeze(-1)
+            kept = inside if restricted else torch.ones_like(inside)
+        else:  # one more column, whose gradient goes to the others by their share of it
+            others = z.masked_fill(inside, -INF)
+            pooled = others.logsumexp(-1, keepdim=True)
+            share = (others - pooled).exp().masked_fill(pooled == -INF, 0)
+            x = torch.cat((z, pooled), -1) * student_inv_temperature.unsqueeze(-1)
+            y = torch.cat((y, log_rest.double().unsqueeze(-1)), -1)
+            kept = F.pad(inside, (0, 1), value=True)
+        y = y * teacher_inv_temperature.unsqueeze(-1)
+        soft, dx = soft_term(x, y, kept, 0.0)
+        if log_rest is not None:
+            dx = torch.where(inside, dx[:, :-1], dx[:, -1:] * share)
+        soft, dx = soft.masked_fill(lost, NAN), dx.masked_fill(lost.unsqueeze(-1), NAN)
+        weight = (soft_weight * student_inv_temperature).unsqueeze(-1)
+        gradient = torch.where(weight == 0, 0, weight * dx)
+    if hard_weight is not None:
+        assert labels is not None, "the hard term needs labels"
+        hard, dz = hard_term(z, labels)
+        weight = hard_weight.unsqueeze(-1)
+        gradient = gradient + torch.where(weight == 0, 0, weight * dz)
+    gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
+    if dstudent is not None:
+        gradient = F.pad(gradient, (0, student.shape[-1] - vocab_size))
+        dstudent.copy_(gradient.view_as(dstudent))
+    dtype = student_inv_temperature.dtype
+    return soft.masked_fill(skipped, 0).to(dtype), hard.masked_fill(skipped, 0).to(dtype)
+
+
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     """Multiply the rows of `dstudent` [A, B, V] in place by `scale`, one value or N of them."""
     if scale.numel() != 1:

@@ -2,6 +2,7 @@
 // its target, names the namespace FASTKD_ISA after it and includes this; they build side by side.
 #pragma once
 #include "kd_row.h"
+#include "topk_row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -30,6 +31,13 @@ void kd_rows_of(const KdRows& call, std::atomic<int64_t>& next) {
   }
 }
 
+template <class T>
+void topk_rows_of(const TopkRows& call, std::atomic<int64_t>& next) {
+  const FlushToZero flush;
+  Workspace<T>& work = workspace<T>(call.vocab_size);
+  for (int64_t row; (row = next++) < call.N;) TopkRow<T>(call, work, row).run();
+}
+
 template <class T, class Stored>
 void scale_row(Stored* __restrict values, int64_t n, T scale) {
 #pragma omp simd
@@ -52,5 +60,8 @@ void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next) {
 }
 
 void kd_rows(const KdRows& call, std::atomic<int64_t>& next) { kd_rows_of<float>(call, next); }
+void topk_rows(const TopkRows& call, std::atomic<int64_t>& next) {
+  topk_rows_of<float>(call, next);
+}
 
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,7 +1,7 @@
 // One row of the loss: each logit is read from memory once, its exponentials stay in buffers that
 // fit the cache, and the gradient is combined from them.
 #pragma once
-#include "hard_term.h"
+#include "row_sum.h"
 #include "soft_term.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -19,7 +19,8 @@ class Row {
         hard_weight_(vector(call.hard_weight)),
         target_weight_(vector(call.target_weight)),
         soft_(call, work, row, after, soft_weight_, target_weight_),
-        hard_(work, wants_gradient() && hard_weight_ != 0) {
+        hard_(T(1), wants_gradient() && hard_weight_ != 0 ? work.h() : nullptr,
+              work.hard_frames()) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 && call.keep >= vocab_ &&
              !call.target_weight && vector(call.student_inv_temperature) == 1;
@@ -165,7 +166,7 @@ class Row {
   const int64_t row_, vocab_;
   const T soft_weight_, hard_weight_, target_weight_;
   SoftTerm<T> soft_;
-  HardTerm<T> hard_;
+  RowSum<T> hard_;
   bool share_ = false;  // the hard term uses the soft term's exponentials
 };
 

@@ -96,7 +96,11 @@ class KeptColumns {
     int64_t count = columns_from(teacher_, columns_, threshold_, few, classes);
     if (count > few) return false;
     if (label_ >= 0) {
-      count = std::remove(classes, classes + count, static_cast<int32_t>(label_)) - classes;
+      int64_t others = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (classes[i] != label_) classes[others++] = classes[i];
+      }
+      count = others;
       label_student_ = student_at(label_);
       label_teacher_ = teacher_[label_];
     }

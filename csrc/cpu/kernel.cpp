@@ -5,6 +5,7 @@ namespace fastkd::cpu {
 #define FASTKD_DECLARE(isa)                                           \
   namespace isa {                                                     \
   void kd_rows(const KdRows& call, std::atomic<int64_t>& next);       \
+  void topk_rows(const TopkRows& call, std::atomic<int64_t>& next);   \
   void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next); \
   }
 FASTKD_DECLARE(avx512)
@@ -17,11 +18,11 @@ namespace {
 constexpr Kernels kTable[] = {
 #if defined(__x86_64__)
     {"AVX-512", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, avx512::kd_rows,
-     avx512::scale_rows},
+     avx512::topk_rows, avx512::scale_rows},
     {"AVX2", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, avx2::kd_rows,
-     avx2::scale_rows},
+     avx2::topk_rows, avx2::scale_rows},
 #endif
-    {"baseline", [] { return true; }, baseline::kd_rows, baseline::scale_rows},
+    {"baseline", [] { return true; }, baseline::kd_rows, baseline::topk_rows, baseline::scale_rows},
 };
 
 std::atomic<int> limit{0};

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,6 +26,7 @@ struct Kernels {
   // Take rows from `next` on until N are done. Several threads share `next`, for rows that are
   // skipped cost nothing and often lie together.
   void (*kd_rows)(const KdRows& call, std::atomic<int64_t>& next);
+  void (*topk_rows)(const TopkRows& call, std::atomic<int64_t>& next);
   void (*scale_rows)(const ScaleRows& call, std::atomic<int64_t>& next);
 };
 
@@ -33,6 +35,7 @@ const Kernels& kernels();
 
 // The same for double.
 void kd_rows_double(const KdRows& call, std::atomic<int64_t>& next);
+void topk_rows_double(const TopkRows& call, std::atomic<int64_t>& next);
 
 // The sets this processor has, widest first; a null name ends them. For tests.
 const Kernels* supported_kernels(int index);

@@ -45,6 +45,16 @@ void kd_rows_cpu(const KdRows& call, const Tensor&) {
   });
 }
 
+void topk_rows_cpu(const TopkRows& call, const Tensor&) {
+  if (call.dstudent.data != nullptr && call.dstudent.data != call.student.data &&
+      call.dstudent.is_contiguous()) {
+    advise_huge_pages(call.dstudent, call.N);
+  }
+  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
+    (call.is_double ? cpu::topk_rows_double : cpu::kernels().topk_rows)(call, next);
+  });
+}
+
 void scale_rows_cpu(const ScaleRows& call, const Tensor&) {
   if (!call.per_row && call.scale_of(0) == 1) return;
   parallel_rows(call.N, call.dstudent.width,
@@ -72,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_cpu>));
+  m.impl("topk_rows", TORCH_BOX(&fastkd::topk_rows<fastkd::topk_rows_cpu>));
   m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cpu>));
 }
 

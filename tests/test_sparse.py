@@ -1,0 +1,267 @@
+"""topk_kd_loss and topk_teacher: against the dense loss, the formulas and the definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import INF, NAN, assert_close, normal, pair, some_labels
+from torch import Tensor
+from torch.library import opcheck
+
+from fastkd import TopKKDLoss, kd_loss, ops, topk_kd_loss, topk_teacher
+
+OUTSIDE = ("bucket", "restrict", "renormalize")
+Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
+V = torch.tensor([[2, 1, 0, -2, 4]]).double()
+
+
+@pytest.fixture
+def backend(backend):
+    if ops._BACKENDS[backend.name].plain:
+        with pytest.raises(ValueError, match="from a sparse teacher"):
+            z = torch.zeros(1, 2, device=backend.device)
+            topk_kd_loss(z, z.long(), z, backend=backend.name)
+        pytest.skip(f"the {backend.name} backend has no sparse teachers")
+    return backend
+
+
+def gradient(loss, student: Tensor, *inputs, **options) -> tuple[Tensor, Tensor]:
+    student = student.detach().clone().requires_grad_()
+    value = loss(student, *inputs, **options)
+    value.sum().backward()
+    return value.detach(), student.grad
+
+
+@pytest.mark.parametrize(
+    ("outside", "T", "expected"),
+    [
+        ("renormalize", 1.0, 0.3453326703),
+        ("bucket", 1.0, 0.1742656862),
+        ("bucket", 2.0, 0.2970976773),
+    ],
+)
+def test_golden(backend, outside, T, expected):
+    teacher = topk_teacher(V, 2)
+    assert teacher.ids.tolist() == [[4, 0]]
+    loss, grad = gradient(
+        topk_kd_loss, Z, *teacher, outside=outside, temperature=T, backend=backend.name
+    )
+    assert abs(loss.item() - expected) < 1e-9
+    if outside == "bucket" and T == 1:
+        known = [-0.0278322032, 0.1834258417, 0.0409278374, 0.0091322349, -0.2056537108]
+        assert (grad - torch.tensor(known, dtype=torch.float64)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+@pytest.mark.parametrize("T", [1.0, 3.0])
+def test_restrict_is_top_k(backend, k, T):
+    z, v = pair(4, 1500, dtype=torch.float64)
+    teacher = topk_teacher(v, k)
+    order = torch.randperm(k)
+    options = {"temperature": T, "backend": backend.name}
+    actual = gradient(topk_kd_loss, z, teacher.ids[:, order], teacher.log_probs[:, order],
+                      outside="restrict", **options)  # fmt: skip
+    torch.testing.assert_close(actual, gradient(kd_loss, z, v, top_k=k, **options))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("T", [1.0, 3.0])
+def test_all_classes_are_the_dense_loss(backend, outside, T):
+    """k = V, and more than V with duplicates that share a class's probability: no bucket left."""
+    z, v = pair(3, 40, dtype=torch.float64)
+    expected = gradient(kd_loss, z, v, temperature=T, backend=backend.name)
+    ids, log_probs = topk_teacher(v, 99)
+    assert ids.shape == (3, 40)
+    twice = torch.cat((ids, ids[:, :5], ids[:, 3:4]), -1)
+    parts = torch.tensor([2.0, 2, 2, 3, 2] + [1.0] * 35, dtype=torch.float64).log()
+    shares = log_probs - parts
+    shared = torch.cat((shares, shares[:, :5], shares[:, 3:4]), -1)
+    for i, p in ((ids, log_probs), (twice, shared)):
+        actual = gradient(
+            topk_kd_loss, z, i, p, outside=outside, temperature=T, backend=backend.name
+        )
+        torch.testing.assert_close(actual, expected)
+
+
+def textbook(z: Tensor, ids: Tensor, log_probs: Tensor, T: float, outside: str) -> Tensor:
+    inside = torch.zeros_like(z).scatter(-1, ids, 1.0).bool()
+    x, y = z.gather(-1, ids), log_probs
+    if outside == "bucket":
+        x = torch.cat((x, z.masked_fill(inside, -INF).logsumexp(-1, keepdim=True)), -1)
+        y = torch.cat((y, (1 - y.exp().sum(-1, keepdim=True)).log()), -1)
+    lp, lq = (y / T).log_softmax(-1), (x / T).log_softmax(-1)
+    if outside == "renormalize":
+        lq = (z / T).log_softmax(-1).gather(-1, ids)
+    return T * T * (lp.exp() * (lp - lq)).sum(-1)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("T", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 5])
+def test_textbook(backend, outside, T, k):
+    z, v = pair(5, 60, dtype=torch.float64)
+    teacher = topk_teacher(v, k)
+    options = {"temperature": T, "outside": outside, "reduction": "none"}
+    actual = gradient(topk_kd_loss, z, *teacher, **options, backend=backend.name)
+    torch.testing.assert_close(actual, gradient(textbook, z, *teacher, T, outside))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("V", [1, 3, 1023, 1025, 5003])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_definition(backend, outside, V, dtype):
+    """With the hard term, a vocab_size, ignored rows, per-row temperatures and padded ids."""
+    z, v = pair(5, V + 3, dtype=dtype)
+    y = some_labels(5, V, ignored=(3,))
+    z[3] = NAN
+    ids, log_probs = topk_teacher(v, min(V, 9), vocab_size=V)
+    if V > 3:
+        ids[1, 4:], log_probs[2, 0] = -1, -INF
+    T = torch.tensor([1.0, 2.0, 0.5, 4.0, 30.0])
+    eps = 1e-13 if dtype == torch.float64 else 4e-6
+    for alpha in (1.0, 0.6):
+        results = []
+        for s, name in ((z, backend.name), (z.double(), "reference")):
+            student = s.clone().requires_grad_()
+            out = topk_kd_loss(
+                student, ids, log_probs if name != "reference" else log_probs.double(), y,
+                outside=outside, temperature=T, alpha=alpha, vocab_size=V, return_terms=True,
+                reduction="none", backend=name,
+            )  # fmt: skip
+            out.loss.sum().backward()
+            results.append((*out, student.grad))
+        (*actual, grad), (*expected, exact) = results
+        # Against the full softmax a rounding of its sum shows to first order, times T^2.
+        first = T.square() if outside == "renormalize" else 1.0
+        for a, e in zip(actual, expected, strict=True):
+            assert ((a.double() - e).abs() <= eps * (e.abs() + first)).all()
+        assert (grad[3] == 0).all() and (grad[:, V:] == 0).all()
+        bound = eps * (exact.abs() + exact.abs().amax(-1, keepdim=True) + 1 - alpha)
+        assert_close(grad, exact, dtype, bound, spacings=2, what="gradient")
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_at_a_match_there_is_nothing_to_learn(backend, outside):
+    """At every temperature, by pooling before softening; renormalising is no match."""
+    z = normal(3, 3001, dtype=torch.float64)
+    for T in (1.0, 2.0, 20.0):
+        loss, grad = gradient(topk_kd_loss, z, *topk_teacher(z, 16), outside=outside, temperature=T,
+                              backend=backend.name)  # fmt: skip
+        if outside == "renormalize":
+            assert loss > 0.01
+        else:
+            assert loss < 1e-12 and grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_edges(backend, outside):
+    """-inf on either side, an empty bucket, probabilities beyond 1, a student with a tiny tail."""
+    z, v = pair(8, 50, dtype=torch.float64)
+    ids, log_probs = topk_teacher(v, 6)
+    z[0, ids[0, 0]] = -INF
+    z[1] = z[1].index_fill(0, torch.arange(50), -INF).scatter(0, ids[1], z[1][ids[1]])
+    z[2, ids[2, 0]] = 80.0
+    log_probs[3] += 5
+    log_probs[4, 1:] = -INF
+    z[5, (ids[5, 0] + 1) % 50] = NAN
+    log_probs[6, 2] = NAN
+    z[7] = -INF
+    rows = [
+        gradient(topk_kd_loss, z, ids, log_probs, outside=outside, reduction="none", backend=name)
+        for name in (backend.name, "reference")
+    ]
+    torch.testing.assert_close(*rows, equal_nan=True)
+    loss, grad = rows[0]
+    assert loss[0] == INF and grad[0, ids[0, 0]] == 0 and loss[5:].isnan().all()
+    assert loss[2:5].isfinite().all() and (outside != "bucket" or loss[1] == INF)
+
+
+def test_rows_without_ids(backend):
+    z = normal(2, 30)
+    ids = torch.tensor([[-1, -1], [3, 4]])
+    log_probs = torch.tensor([[0.0, 0.0], [-1.0, -2.0]])
+    for outside in OUTSIDE:
+        options = {"outside": outside, "reduction": "none", "backend": backend.name}
+        loss = topk_kd_loss(z, ids, log_probs, **options)
+        assert loss[1].isfinite() and (loss[0] == 0 if outside == "bucket" else loss[0].isnan())
+
+
+def test_ids_that_cannot_be_checked(backend, monkeypatch):
+    """On a GPU they are not read back: their row becomes NaN, the others stay."""
+    from fastkd import arguments
+
+    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
+    z = normal(3, 30)
+    ids = torch.tensor([[1, 30], [2, 3], [-2, 5]])
+    for outside in OUTSIDE:
+        loss, grad = gradient(topk_kd_loss, z, ids, torch.full((3, 2), -2.0), outside=outside,
+                              reduction="none", backend=backend.name)  # fmt: skip
+        assert loss[[0, 2]].isnan().all() and loss[1].isfinite() and grad[1].isfinite().all()
+
+
+def test_inplace_and_determinism(backend):
+    z, v = pair(6, 4000)
+    teacher = topk_teacher(v, 20)
+    _, expected = gradient(topk_kd_loss, z, *teacher, backend=backend.name)
+    logits = z.clone().requires_grad_() * 1
+    logits.retain_grad()
+    topk_kd_loss(logits, *teacher, inplace=True, backend=backend.name).backward()
+    assert torch.equal(logits.grad, expected)
+
+
+@pytest.mark.parametrize("op", ["topk_rows", "topk_rows_reference"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck(op, gradient):
+    z = normal(2, 3, 9)
+    ids = torch.tensor([[0, 4, 9]]).repeat(6, 1)
+    one = torch.ones(6)
+    for rest, labels in ((None, None), (-one, some_labels(6, 8))):
+        args = (
+            z, ids, torch.full((6, 3), -1.0), rest, labels, one, one, one,
+            None if labels is None else one, torch.empty_like(z) if gradient else None, 8, False,
+        )  # fmt: skip
+        opcheck(getattr(torch.ops.fastkd, op).default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"outside": "drop"}, ValueError, "outside must be one of bucket"),
+        (
+            {"ids": torch.tensor([[0, 20], [1, 2]])},
+            ValueError,
+            r"teacher_ids must lie in \[0, 20\)",
+        ),
+        ({"ids": torch.tensor([[0.0, 1], [1, 2]])}, TypeError, "teacher_ids must be int64"),
+        ({"ids": torch.tensor([[0], [1]])}, ValueError, "same k"),
+        ({"ids": torch.tensor([0, 1])}, ValueError, "teacher_ids must have shape"),
+        (
+            {"log_probs": torch.zeros(2, 2).long()},
+            TypeError,
+            "teacher_log_probs must be of a float",
+        ),
+        ({"alpha": 0.5}, ValueError, "needs labels"),
+        ({"vocab_size": 21}, ValueError, r"vocab_size must lie in \[1, 20\]"),
+    ],
+    ids=str,
+)
+def test_arguments(change, error, message):
+    given = {"ids": torch.tensor([[0, 1], [1, 2]]), "log_probs": torch.full((2, 2), -1.0), **change}
+    ids, log_probs = given.pop("ids"), given.pop("log_probs")
+    with pytest.raises(error, match=message):
+        topk_kd_loss(normal(2, 20), ids, log_probs, **given)
+
+
+def test_the_teacher_and_the_module():
+    v = normal(2, 3, 100, dtype=torch.bfloat16)
+    ids, log_probs = topk_teacher(v, 5, vocab_size=90)
+    assert ids.shape == log_probs.shape == (2, 3, 5) and log_probs.dtype == torch.float32
+    expected = F.log_softmax(v[..., :90].float(), -1).gather(-1, ids)
+    torch.testing.assert_close(log_probs, expected)
+    with pytest.raises(ValueError, match="k must be >= 1"):
+        topk_teacher(v, 0)
+    z = normal(2, 3, 100)
+    module = TopKKDLoss(outside="restrict")
+    actual = module(z, ids, log_probs, temperature=2.0)
+    assert actual == topk_kd_loss(z, ids, log_probs, outside="restrict", temperature=2.0)
