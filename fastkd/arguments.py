@@ -29,19 +29,29 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_one_logits(name: str, logits: Tensor) -> None:
+    """A floating tensor [..., V]."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+
+
+def check_constant(name: str, teacher: Tensor) -> None:
+    """A teacher gets no gradient, and one that asks for it is a mistake of the caller."""
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but the teacher is a constant here: "
+            f"pass {name}.detach(), or run the teacher under torch.no_grad()"
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     """Dtypes, devices and shapes of the two logits; returns how many classes take part."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
-        if logits.dtype not in LOGITS_DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-            )
-        if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}"
-            )
+        check_one_logits(name, logits)
     if student.device != teacher.device:
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {student.device}, "
@@ -52,11 +62,7 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             "teacher_logits must have the leading shape of student_logits, "
             f"{tuple(student.shape[:-1])}, got {tuple(teacher.shape[:-1])}"
         )
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher_logits requires a gradient, but the teacher is a constant here: "
-            "pass teacher_logits.detach(), or run the teacher under torch.no_grad()"
-        )
+    check_constant("teacher_logits", teacher)
     student_size, teacher_size = student.shape[-1], teacher.shape[-1]
     if vocab_size is None:
         if student_size != teacher_size:
