@@ -22,7 +22,7 @@ from .training import (
     train,
 )
 
-HIDDEN = (64, 64)
+HIDDEN = (32, 32)
 SHARE = 0.03
 COUNT = round(SHARE * TRAINING)
 

@@ -25,7 +25,7 @@ from .training import (
     train,
 )
 
-HIDDEN = (64, 64)
+HIDDEN = (32, 32)
 IGNORED = -100
 
 

@@ -7,7 +7,7 @@ distilled at T = 20; with few units a lower temperature is best.
 from .report import Experiment, Row, row
 from .training import Settings, cross_entropy, data_and_teacher, distilled, initialised, train
 
-WIDTHS = (4, 8, 16, 32, 128)
+WIDTHS = (4, 8, 16, 32, 64)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
 HARD = "hard targets"
 
