@@ -136,6 +136,18 @@ def test_per_row_temperatures_are_scaled_in_place_and_dtype():
     assert schedules.data_adaptive_temperature(torch.empty(0, 3), 4.0).shape == (0, 3)
 
 
+def test_no_value_is_read_back():
+    loss, labels = normal(40), torch.arange(40) % 10
+    labels[::3] = -100
+
+    def adapt(loss, labels):
+        return schedules.data_adaptive_temperature(loss, 4.0, labels=labels)
+
+    assert adapt(loss.to("meta"), labels.to("meta")).shape == (40,)  # holds none: .item() raises
+    compiled = torch.compile(adapt, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(loss, labels), adapt(loss, labels))
+
+
 def test_no_gradient_passes_through_the_temperature(backend):
     s, t = pair(20, 11)
     z = s.to(backend.device).requires_grad_()

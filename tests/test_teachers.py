@@ -122,6 +122,18 @@ def test_infinities_and_nan():
     assert probs[2].isfinite().all() and logits[2].isfinite().all()
 
 
+def test_no_value_is_read_back():
+    teachers = members(4, 33)
+
+    def both(*teachers):
+        return fastkd.ensemble(teachers), fastkd.ensemble(teachers, [1, 2, 3], mean="logits")
+
+    assert both(*(v.to("meta") for v in teachers))[0].shape == (4, 33)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*teachers), both(*teachers), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_a_small_probability_keeps_its_logarithm():
     v = torch.tensor([[0.0, -300.0, -90.0]])
     logits = fastkd.ensemble([v, v, v])

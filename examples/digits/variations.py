@@ -23,7 +23,7 @@ from .training import (
 )
 
 STUDENT, ASSISTANT = (8, 8), (32, 32)
-KEPT = 0.01  # of the teacher's weights, after pruning
+KEPT = 0.02  # of the teacher's weights, after pruning
 STAGES = (1, 2, 3, 4, 5)
 
 
