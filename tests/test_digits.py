@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import fastkd
 from examples.digits import __main__ as command
-from examples.digits import data, report, specialists, training, variations
+from examples.digits import data, report, specialists, staged_pruning, training
 
 SETTINGS = training.Settings(seeds=2, epochs=2)
 
@@ -107,7 +107,7 @@ def test_the_table_compares_seed_by_seed(tmp_path):
 
 def test_masks_keep_the_largest_weights_of_all_layers():
     networks = training.initialised(2, (16, 16))
-    masks = variations.magnitude_masks(networks, 0.1)
+    masks = staged_pruning.magnitude_masks(networks, 0.1)
     total = sum(w[0].numel() for w in networks.weights)
     for seed in range(2):
         weights = torch.cat([w[seed].abs().flatten() for w in networks.weights])

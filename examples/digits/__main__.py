@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "ensembles",
     "decoupled",
     "variations",
+    "staged_pruning",
     "sparse_teacher",
     "specialists",
 )

@@ -15,6 +15,7 @@ from typing import Any
 import sklearn
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 import fastkd
@@ -142,7 +143,8 @@ def plot(experiment: Experiment, path: Path) -> None:
             row = next(row for row in experiment.rows if row.name == name)
             mean, _ = mean_and_error(row.values[TEST])
             axes.axhline(mean, color="0.3", linewidth=1, linestyle=style, label=name)
-        axes.set(xlabel=experiment.x_label, ylabel=TEST)
+        axes.set(xlabel=experiment.x_label, ylabel=TEST, yscale="log")
+        scale = axes.yaxis
         if experiment.x_scale == "log":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
@@ -152,8 +154,12 @@ def plot(experiment: Experiment, path: Path) -> None:
         means, bars = zip(*(mean_and_error(row.values[TEST]) for row in rows), strict=True)
         axes.errorbar(means, range(len(rows)), xerr=bars, fmt="o", capsize=3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        axes.set(xlabel=TEST)
-    axes.set_title(experiment.title, fontsize=10)
+        axes.set(xlabel=TEST, xscale="log")
+        scale = axes.xaxis
+    scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_locator(NullLocator())
+    figure.suptitle(experiment.title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, format="png", metadata={"Software": None})

@@ -1,16 +1,15 @@
-"""Mutual learning, a teacher assistant, self-distillation, and pruning in several stages.
+"""Mutual learning, a teacher assistant, self-distillation.
 
 Zhang et al. 2018 (mutual), Mirzadeh et al. 2020 (assistant), Furlanello et al. 2018 (self): each
-helps the student in its paper. arXiv:2601.03195: several small steps lose less than a large one.
+helps the student in its paper.
 """
 
 import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd import schedules
 
-from .data import Batch, Splits
+from .data import Batch
 from .report import Experiment, Row, row
 from .training import (
     Networks,
@@ -23,8 +22,6 @@ from .training import (
 )
 
 STUDENT, ASSISTANT = (8, 8), (32, 32)
-KEPT = 0.02  # of the teacher's weights, after pruning
-STAGES = (1, 2, 3, 4, 5)
 
 
 class Peers(nn.Module):
@@ -45,40 +42,6 @@ def mutual(logits: Tensor, batch: Batch) -> Tensor:
     return fastkd.kd_loss(one, two.detach(), batch.labels, **options) + fastkd.kd_loss(
         two, one.detach(), batch.labels, **options
     )
-
-
-def magnitude_masks(networks: Networks, keep: float) -> list[Tensor]:
-    """Per seed, the largest weights of all layers together."""
-    sizes = [weight[0].numel() for weight in networks.weights]
-    flat = torch.cat([weight.detach().abs().flatten(1) for weight in networks.weights], 1)
-    count = max(1, round(keep * flat.shape[1]))
-    kept = torch.zeros_like(flat).scatter_(1, flat.topk(count, dim=1).indices, 1.0)
-    return [
-        mask.view_as(weight)
-        for mask, weight in zip(kept.split(sizes, dim=1), networks.weights, strict=True)
-    ]
-
-
-def pruned(teacher: Networks, stages: int, splits: Splits, settings: Settings) -> Networks:
-    """The teacher, pruned and after each stage distilled from itself as it was before all."""
-    S = settings.seeds
-    logits = teacher.logits(splits.training.inputs)
-    student = teacher.trained_as(range(S)).requires_grad_()
-    student.dropout = 0.0
-    for stage in schedules.stages(stages, KEPT, settings.temperature):
-        masks = magnitude_masks(student, stage.keep)
-
-        def mask(networks: Networks, masks: list[Tensor] = masks) -> None:
-            with torch.no_grad():
-                for weight, each in zip(networks.weights, masks, strict=True):
-                    weight.mul_(each)
-
-        mask(student)
-        loss = distilled(logits, temperature=stage.temperature, alpha=settings.alpha)
-        epochs = max(1, settings.epochs // stages)  # the same number in all
-        name = f"pruned to {stage.keep:.1%}"
-        train(student, splits.training, loss, epochs, name, after_step=mask)
-    return student
 
 
 def run(settings: Settings) -> Experiment:
@@ -105,10 +68,7 @@ def run(settings: Settings) -> Experiment:
     peers = Peers(initialised(S, STUDENT), second)
     train(peers, splits.training, mutual, settings.epochs, "mutual")
     rows.append(row("student, mutual learning", peers.one, splits))
-    for stages in STAGES:
-        name = f"teacher pruned to {KEPT:.0%} of its weights in {stages} stage" + "s" * (stages > 1)
-        rows.append(row(name, pruned(teacher, stages, splits, settings), splits))
     return Experiment(
-        "Mutual learning, assistant, self-distillation, pruning in stages", rows,
+        "Mutual learning, assistant, self-distillation", rows,
         baseline="student, hard targets",
     )  # fmt: skip
