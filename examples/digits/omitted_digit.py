@@ -59,7 +59,7 @@ def corrected(networks: Networks, data: Digits, classes: Sequence[int]) -> tuple
 def run(settings: Settings) -> Experiment:
     splits, teacher = data_and_teacher(settings)
     logits = teacher.logits(splits.training.inputs)
-    soft = {T: distilled(logits, temperature=T, alpha=1.0) for T in TEMPERATURES}
+    soft = {f"T = {T:g}": distilled(logits, temperature=T, alpha=1.0) for T in TEMPERATURES}
     test, rows = splits.test, list[Row]()
     three = test.labels == 3
 
@@ -76,15 +76,14 @@ def run(settings: Settings) -> Experiment:
 
     add("teacher", teacher)
     student("hard targets, all digits", cross_entropy, [])
-    for T, loss in soft.items():
-        student(f"T = {T:g}, all digits", loss, [])
-    student("hard targets, no 3", hard, [3])
+    for targets, loss in soft.items():
+        student(f"{targets}, all digits", loss, [])
     for shown, unseen, offset in (
         ("no 3", [3], [3]),
         ("only 7 and 8", [0, 1, 2, 3, 4, 5, 6, 9], [7, 8]),
     ):
-        for T, loss in soft.items():
-            name = f"T = {T:g}, {shown}"
+        for targets, loss in (("hard targets", hard), *soft.items()):
+            name = f"{targets}, {shown}"
             networks = student(name, loss, unseen)
             better, offsets = corrected(networks, splits.validation, offset)
             add(f"{name}, bias corrected", better, bias=offsets)
