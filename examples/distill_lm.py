@@ -55,9 +55,11 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fastkd
+from fastkd.schedules import pruning_percentile
 
-# Of the student's logits [N, V], the teacher's (None: no teacher), the labels [N], and the options.
-Loss = Callable[[Tensor, Tensor | None, Tensor, argparse.Namespace], Tensor]
+# Of the student's logits [N, V], the teacher's (None: no teacher), the labels [N], the percentile
+# of the teacher's logits that the step leaves out, and the options.
+Loss = Callable[[Tensor, Tensor | None, Tensor, float, argparse.Namespace], Tensor]
 
 TEACHER = Size(width=192, layers=3, heads=3, learning_rate=2e-3)
 STUDENT = Size(width=96, layers=2, heads=2, learning_rate=3e-3)
@@ -69,13 +71,17 @@ TOLERANCE = 1e-3
 
 
 def cross_entropy(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, args: argparse.Namespace
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    percentile: float,
+    args: argparse.Namespace,
 ) -> Tensor:
     return F.cross_entropy(student, labels)
 
 
 def distilled_fastkd(
-    student: Tensor, teacher: Tensor, labels: Tensor, args: argparse.Namespace
+    student: Tensor, teacher: Tensor, labels: Tensor, percentile: float, args: argparse.Namespace
 ) -> Tensor:
     return fastkd.kd_loss(
         student,
@@ -84,19 +90,19 @@ def distilled_fastkd(
         temperature=args.temperature,
         alpha=args.alpha,
         top_k=args.top_k,
-        bottom_percentile=args.bottom_percentile,
+        bottom_percentile=percentile,
         inplace=True,  # nothing else needs the logits: their gradient takes their place
     )
 
 
 def distilled_eager(
-    student: Tensor, teacher: Tensor, labels: Tensor, args: argparse.Namespace
+    student: Tensor, teacher: Tensor, labels: Tensor, percentile: float, args: argparse.Namespace
 ) -> Tensor:
     """The same, as one writes it in PyTorch."""
     hard = F.cross_entropy(student, labels)
     student, scaled = student / args.temperature, teacher / args.temperature
     V = teacher.shape[-1]
-    keep = max(1, min(args.top_k or V, V - int(V * args.bottom_percentile / 100 + 1e-6)))
+    keep = max(1, min(args.top_k or V, V - int(V * percentile / 100 + 1e-6)))
     if keep < V:
         pruned = teacher < teacher.kthvalue(V - keep + 1, keepdim=True).values
         # Not -inf: F.kl_div would multiply the student's by a probability of 0.
@@ -178,7 +184,7 @@ class Trainer:
             optimizer, lambda i: min(10 * (i + 1) / steps, (1 + math.cos(math.pi * i / steps)) / 2)
         )
 
-        def advance(inputs: Tensor, labels: Tensor) -> None:
+        def advance(inputs: Tensor, labels: Tensor, percentile: float) -> None:
             """One step."""
             start = clock(args.device)
             teacher_logits = None
@@ -191,7 +197,7 @@ class Trainer:
             loss_end = []
             logits.register_hook(lambda _: loss_end.append(clock(args.device)))
 
-            value = loss(logits, teacher_logits, labels, args)
+            value = loss(logits, teacher_logits, labels, percentile, args)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -205,7 +211,8 @@ class Trainer:
             starts = torch.randint(len(self.tokens) - args.context, (args.batch,))
             measured = step == WARM_UP_STEPS
             with peak_memory(run, args.device) if measured else nullcontext():
-                advance(*windows(self.tokens, starts, args.context))
+                percentile = pruning_percentile(step - 1, steps, args.percentiles)
+                advance(*windows(self.tokens, starts, args.context), percentile)
             schedule.step()
             if step % every == 0 or step == steps:
                 run.validation[step] = self.validate(model)
@@ -249,6 +256,12 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         ("alpha", number(float, 0, 1), 0.7, "weight of the soft term; 1 - alpha: the hard one"),
         ("top-k", number(int, 1), None, "distil only the k likeliest classes of each row"),
         ("bottom-percentile", number(float, 0, 99.99), 0.0, "leave out the unlikeliest classes"),
+        (
+            "prune-to",
+            number(float, 0, 99.99),
+            None,
+            "raise that to this, in four equal parts of the run",
+        ),
         ("seed", number(int, 0, 2**32 - 1), 0, "of weights and batches"),
         ("json", Path, None, "where to save results, settings and versions"),
         ("png", Path, None, "the plot (none: beside --json, or distill_lm.png)"),
@@ -258,6 +271,10 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     args = parser.parse_args()
 
     args.teacher_steps = args.teacher_steps or 5 * args.steps // 2
+    args.percentiles = [args.bottom_percentile]
+    if args.prune_to is not None:
+        step = (args.prune_to - args.bottom_percentile) / 3
+        args.percentiles = [args.bottom_percentile + part * step for part in range(4)]
     args.png = args.png or (args.json or Path("distill_lm")).with_suffix(".png")
     try:
         for path in filter(None, (args.json, args.png)):

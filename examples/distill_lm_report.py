@@ -127,7 +127,10 @@ def markdown(results: Results) -> str:
     )
     source = f" at {commit['id'][:9]}{' (modified)' if commit['dirty'] else ''}" if commit else ""
     pruning = f", top-k {s['top_k']}" if s["top_k"] else ""
-    pruning += f", bottom {s['bottom_percentile']:g} % pruned" if s["bottom_percentile"] else ""
+    percentiles = s.get("percentiles") or [s["bottom_percentile"]]
+    if any(percentiles):
+        steps = ", ".join(f"{percentile:.3g}" for percentile in percentiles)
+        pruning += f", bottom {steps} % pruned"
     return "\n\n".join(
         [
             f"{results['text']}, a vocabulary of {s['vocab']}; {s['teacher_steps']} steps of the "

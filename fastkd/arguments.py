@@ -30,7 +30,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_tensor_of_logits(name: str, logits: Tensor) -> None:
+def check_one_logits(name: str, logits: Tensor) -> None:
+    """A floating tensor [..., V]."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -39,11 +40,20 @@ def check_tensor_of_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
 
 
+def check_constant(name: str, teacher: Tensor) -> None:
+    """A teacher gets no gradient, and one that asks for it is a mistake of the caller."""
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but the teacher is a constant here: "
+            f"pass {name}.detach(), or run the teacher under torch.no_grad()"
+        )
+
+
 def check_sparse_teacher(
     student: Tensor, ids: Tensor, log_probs: Tensor, vocab_size: int | None
 ) -> int:
     """Dtypes, devices, shapes and (on the host) the ids' range; how many classes take part."""
-    check_tensor_of_logits("student_logits", student)
+    check_one_logits("student_logits", student)
     for name, values in (("teacher_ids", ids), ("teacher_log_probs", log_probs)):
         if not isinstance(values, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
@@ -65,8 +75,7 @@ def check_sparse_teacher(
             "teacher_ids and teacher_log_probs must have the same k >= 1, "
             f"got {ids.shape[-1]} and {log_probs.shape[-1]}"
         )
-    if log_probs.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher_log_probs requires a gradient, but it is a constant: detach it")
+    check_constant("teacher_log_probs", log_probs)
     vocab = check_vocab_size(vocab_size, student.shape[-1], None)
     if on_host(ids):
         bad = (ids < -1) | (ids >= vocab)
@@ -101,8 +110,8 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int | None) 
 
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     """Dtypes, devices and shapes of the two logits; returns how many classes take part."""
-    check_tensor_of_logits("student_logits", student)
-    check_tensor_of_logits("teacher_logits", teacher)
+    check_one_logits("student_logits", student)
+    check_one_logits("teacher_logits", teacher)
     if student.device != teacher.device:
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {student.device}, "
@@ -114,11 +123,7 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             "teacher_logits must have the leading shape of student_logits, "
             f"{tuple(student_shape[:-1])}, got {tuple(teacher_shape[:-1])}"
         )
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher_logits requires a gradient, but the teacher is a constant here: "
-            "pass teacher_logits.detach(), or run the teacher under torch.no_grad()"
-        )
+    check_constant("teacher_logits", teacher)
     return check_vocab_size(vocab_size, student_shape[-1], teacher_shape[-1])
 
 

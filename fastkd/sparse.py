@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_alpha, check_sparse_teacher, check_tensor_of_logits, check_vocab_size
+from .arguments import check_alpha, check_one_logits, check_sparse_teacher, check_vocab_size
 from .autograd import SparseTeacher, kd_terms
 from .loss import KDLossOutput
 from .request import request
@@ -37,7 +37,7 @@ def topk_teacher(teacher_logits: Tensor, k: int, vocab_size: int | None = None) 
         >>> student = torch.randn(8, 32000, requires_grad=True)
         >>> fastkd.topk_kd_loss(student, ids, log_probs, temperature=2.0).backward()
     """
-    check_tensor_of_logits("teacher_logits", teacher_logits)
+    check_one_logits("teacher_logits", teacher_logits)
     vocab = check_vocab_size(vocab_size, teacher_logits.shape[-1], None)
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
