@@ -49,13 +49,19 @@ def _cases(config: pytest.Config) -> list[Case]:
     return every
 
 
+def _plain_cases(config: pytest.Config) -> list[Case]:
+    return [case for case in _cases(config) if case.option == "plain"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RECORDS] = {"loss": [], "overhead": None}
+    config.stash[_RECORDS] = {"loss": [], "methods": [], "overhead": None}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", _cases(metafunc.config), ids=str)
+    if "plain_case" in metafunc.fixturenames:
+        metafunc.parametrize("plain_case", _plain_cases(metafunc.config), ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +79,7 @@ def results(pytestconfig: pytest.Config) -> dict[str, Any]:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     records = config.stash[_RECORDS]
-    if not records["loss"] and records["overhead"] is None:
+    if not any(records.values()):
         return
     settings = _settings(config)
     results = {**environment("pytest benchmarks"), "settings": asdict(settings), **records}
@@ -82,7 +88,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--smoke"):
         terminalreporter.write_line("\nA smoke test: these numbers mean nothing. No file written.")
         return
-    if len(records["loss"]) < len(_cases(config)) or records["overhead"] is None:
+    expected = {"loss": len(_cases(config)), "methods": len(_plain_cases(config))}
+    if any(len(records[k]) < n for k, n in expected.items()) or records["overhead"] is None:
         terminalreporter.write_line("\nNot every case: no file written.")
         return
     path = RESULTS / slug(results["processor"]["name"]) / "cpu.json"

@@ -22,6 +22,11 @@ LEGEND = (
     "N x V gradients."
 )
 
+METHODS = (
+    "The other losses, in ns per pair and beside `kd_loss` on the same logits: decoupled, from "
+    "probabilities, with `top_k=64`, and `topk_kd_loss` from the 64 likeliest classes:"
+)
+
 Record = dict[str, Any]  # one case and what its providers needed
 
 
@@ -105,6 +110,8 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [headline(results)]
     if rows:
         parts += [table(header, rows), LEGEND]
+    if results["methods"]:
+        parts += [METHODS, _by_provider(results["methods"], _beside_kd_loss)]
     if overhead := results["overhead"]:
         calls = ", ".join(
             f"{name} {timing['median_s'] * 1e6:.0f}"
@@ -115,13 +122,15 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _by_provider(results: dict[str, Any], show: Callable[[Record, str], str]) -> str:
-    names = list(dict.fromkeys(name for r in results["loss"] for name in r["providers"]))
-    rows = [
-        [label(r), *(show(r, name) if has(r, name) else "" for name in names)]
-        for r in results["loss"]
-    ]
+def _by_provider(records: list[Record], show: Callable[[Record, str], str]) -> str:
+    names = list(dict.fromkeys(name for r in records for name in r["providers"]))
+    rows = [[label(r), *(show(r, name) if has(r, name) else "" for name in names)] for r in records]
     return table(["", *names], rows)
+
+
+def _beside_kd_loss(record: Record, name: str) -> str:
+    times = "" if name == "kd_loss" else f" ({ratio(record, name, 'kd_loss'):.2f}x)"
+    return f"{ns_per_pair(record, name):.2f}{times}"
 
 
 def _timing(record: Record, name: str) -> str:
@@ -176,6 +185,11 @@ def budgets(results: dict[str, Any]) -> list[Budget]:
     without_pruning = of(pruned, lambda r: ratio(r, "fastkd", "fastkd unpruned"))
     memory = of(every, lambda r: allocated(r, "fastkd"))
     memory_inplace = of(every, lambda r: allocated(r, "fastkd inplace"))
+    methods = results["methods"]
+
+    def beside(*names: str) -> dict[str, float]:
+        return {f"{name}, {label(r)}": ratio(r, name, "kd_loss") for r in methods for name in names}
+
     providers = results["overhead"]["providers"] if results["overhead"] else {}
     calls = {n: t["median_s"] * 1e6 for n, t in providers.items() if n == "fastkd"}
     lines = [
@@ -186,6 +200,20 @@ def budgets(results: dict[str, Any]) -> list[Budget]:
         Budget("pruned: times its time without pruning", 1.6, None, without_pruning, at_most=True),
         Budget("memory, in gradients", 1.01, None, memory, at_most=True),
         Budget("memory, in gradients, inplace", 0.01, None, memory_inplace, at_most=True),
+        Budget(
+            "methods: times kd_loss",
+            1.15,
+            None,
+            beside("dkd_loss", "probabilities", "restrict"),
+            at_most=True,
+        ),
+        Budget(
+            "64 classes: times kd_loss",
+            0.75,
+            None,
+            beside("bucket", "restrict", "renormalize"),
+            at_most=True,
+        ),
         Budget("microseconds per call", 60, 40, calls, at_most=True),
     ]
     return [line for line in lines if line.measured]
@@ -201,9 +229,9 @@ def report(results: dict[str, Any]) -> str:
     if results["loss"]:
         parts += [
             "ns per pair, and half the interquartile range:",
-            _by_provider(results, _timing),
+            _by_provider(results["loss"], _timing),
             "Relative L2 error of the gradient, against the definition on the logits in float32:",
-            _by_provider(results, _error),
+            _by_provider(results["loss"], _error),
         ]
     header = ["budget", "limit", "aim", "worst", "in", ""]
     parts.append(table(header, [line.row() for line in budgets(results)]))

@@ -236,12 +236,15 @@ struct Sum {
 // exp((logit - frame) / T) of one side alone, kept in `e` unless it is null.
 template <class T>
 FASTKD_LOOP Sum<T> exponential(const T* __restrict logits, int64_t n, T frame, T inverse,
-                               T* __restrict e) {
+                               Ahead ahead, T* __restrict e) {
   const T scale = inverse * kLog2E<T>;
   T sums[kLanes<T>] = {}, maxima[kLanes<T>];
   std::fill(maxima, maxima + kLanes<T>, -kInf<T>);
   const auto run = [&]<bool kKeep>() __attribute__((always_inline)) {
-    each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
+    const auto line = [&](int64_t i) __attribute__((always_inline)) {
+      if (ahead.lead != 0) ahead.touch(i);
+    };
+    each_column<kLanes<T>>(n, line, [&](int64_t i, int lane) __attribute__((always_inline)) {
       const T value = exp2_flushed((logits[i] - frame) * scale);
       maxima[lane] = maxima[lane] < logits[i] ? logits[i] : maxima[lane];
       sums[lane] += value;

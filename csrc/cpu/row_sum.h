@@ -11,17 +11,17 @@ class RowSum {
   // `kept` [vocab_size]: where the exponentials go; null: nowhere. `frames`: one for every chunk.
   RowSum(T inverse, T* kept, Frame<T>* frames) : inverse_(inverse), kept_(kept), frames_(frames) {}
 
-  // One chunk, in order.
-  void read(const T* logits, int64_t begin, int64_t n) {
+  // One chunk, in order. `ahead`: what is needed later, read early.
+  void read(const T* logits, int64_t begin, int64_t n, Ahead ahead = {}) {
     T* e = kept_ ? kept_ + begin : nullptr;
     if (begin == 0) frame_ = maximum(logits, n);
-    Sum<T> chunk = exponential(logits, n, frame_, inverse_, e);
+    Sum<T> chunk = exponential(logits, n, frame_, inverse_, ahead, e);
     if ((chunk.max - frame_) * inverse_ > 20 || !(frame_ > -kInf<T>)) {
       if (chunk.max > frame_) {
         sum_ *= std::exp((double{frame_} - double{chunk.max}) * inverse_);
         frame_ = chunk.max;
       }
-      chunk = exponential(logits, n, frame_ > -kInf<T> ? frame_ : T(0), inverse_, e);
+      chunk = exponential(logits, n, frame_ > -kInf<T> ? frame_ : T(0), inverse_, ahead, e);
     }
     sum_ += static_cast<double>(chunk.sum);
     frames_[begin / kChunk].lead = frame_;

@@ -73,6 +73,12 @@ class TopkRow {
     }
   }
 
+  // The student's later columns.
+  Ahead ahead(int64_t begin) const {
+    const uintptr_t student = call_.student.address(row_, begin + kAhead);
+    return {student, student, call_.student.element_bytes(), call_.student.element_bytes()};
+  }
+
   // False: a NaN was met.
   bool read() {
     int64_t next = 0;  // of the ids
@@ -95,7 +101,7 @@ class TopkRow {
         }
         student = others;
       }
-      others_.read(student, begin, n);
+      others_.read(student, begin, n, ahead(begin));
     }
     return valid && !std::isnan(others_.sum());
   }
