@@ -7,7 +7,7 @@ from conftest import INF, NAN, assert_close, normal, pair, some_labels
 from torch import Tensor
 from torch.library import opcheck
 
-from fastkd import TopKKDLoss, kd_loss, ops, topk_kd_loss, topk_teacher
+from fastkd import TopKKDLoss, arguments, kd_loss, ops, sparse, topk_kd_loss, topk_teacher
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
 Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
@@ -192,9 +192,8 @@ def test_rows_without_ids(backend):
 
 def test_ids_that_cannot_be_checked(backend, monkeypatch):
     """On a GPU they are not read back: their row becomes NaN, the others stay."""
-    from fastkd import arguments
-
-    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
+    for module in (arguments, sparse):
+        monkeypatch.setattr(module, "on_host", lambda tensor: False)
     z = normal(3, 30)
     ids = torch.tensor([[1, 30], [2, 3], [-2, 5]])
     for outside in OUTSIDE:
