@@ -231,7 +231,8 @@ def second_of(
                 soft = q * ((log_q - log_p) * LN2 - divergence)
             if PRUNE or RAGGED:
                 term = tl.where(kept, term, 0.0)
-                soft = tl.where(kept, soft, 0.0)
+                if DIVERGENCE == REVERSE:  # q - p is 0 - 0 there
+                    soft = tl.where(kept, soft, 0.0)
             if VALUE:
                 value0 += tl.sum(term, 1)
                 value1 += tl.sum(remainder, 1)

@@ -118,7 +118,7 @@ class _Turns:
         last = all(i + 1 == n for i, n in zip(index, builder.grid_dim, strict=True))
         while len(self.running) >= (1 if last else self.room):
             self.turns += 1
-            if self.turns > 100_000:
+            if self.turns > 20_000:
                 raise RuntimeError("the programs wait for each other")
             self.current = self.chance.choice(self.running)
             self.current.resume()
