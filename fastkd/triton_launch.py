@@ -29,10 +29,12 @@ class Machine(NamedTuple):
 
 # No entry has been timed: they are counted from sizes.
 _ROWS = ((8 << 10, Config(128, 512)), (64 << 10, Config(256, 1024)), (1 << 62, Config(512, 2048)))
-TABLE = {
-    "cuda": Machine(512, {"maxnreg": 128}, None, _ROWS),
-    "gfx9": Machine(1024, {}, 256 << 20, _ROWS),
-    "hip": Machine(768, {}, 64 << 20, _ROWS),
+TABLE = {  # by the beginning of the architecture's name
+    "sm": Machine(512, {"maxnreg": 128}, None, _ROWS),
+    "gfx94": Machine(1024, {}, 256 << 20, _ROWS),
+    "gfx95": Machine(1024, {}, 256 << 20, _ROWS),
+    "gfx9": Machine(1024, {}, None, _ROWS),
+    "gfx": Machine(768, {}, 64 << 20, _ROWS),
     # Its time goes by the tile: few, and still a first, some whole and a last one.
     "interpreter": Machine(512, {}, 0, (
         (16 << 10, Config(256, 64)), (128 << 10, Config(1024, 512)), (1 << 62, Config(4096, 512)),
@@ -89,42 +91,44 @@ def _device(device: torch.device) -> Device:
 
 
 def device_of(arch: int | str, multiprocessors: int, cache: int, warp: int) -> Device:
-    kind = "cuda" if isinstance(arch, int) else "gfx9" if arch.startswith("gfx9") else "hip"
-    return Device(multiprocessors, TABLE[kind].cache or cache, warp, TABLE[kind])
+    name = f"sm_{arch}" if isinstance(arch, int) else arch
+    machine = next(machine for kind, machine in TABLE.items() if name.startswith(kind))
+    return Device(multiprocessors, machine.cache or cache, warp, machine)
 
 
-def slice_columns(device: Device, N: int, V: int, pair: int) -> int:
-    """Of the slices that N rows of V pairs of logits of `pair` bytes are split into; V: of none.
+def slice_columns(device: Device, V: int, pair: int) -> int:
+    """Of the slices that rows of V pairs of logits of `pair` bytes are split into; V: of none.
 
-    Split are rows that the cache loses before they are read again, and rows too few for the GPU.
+    Rows are split that the cache loses before they are read again, if as many are in flight as the
+    GPU has room for. However many there are, then: a row does not depend on its neighbours.
     """
     if triton_backend.INTERPRETED:  # it runs programs one after another: one would wait for ever
         return V
-    block = SLICE.threads * COLUMNS
     rows = device.programs(device.configuration(V * pair))
-    lost = min(N, rows) * V * pair > ROWS_SHARE * device.cache
-    if not lost and 2 * N > device.multiprocessors:
+    if rows * V * pair <= ROWS_SHARE * device.cache:
         return V
-    programs = device.programs(SLICE)
-    columns = int(SLICES_SHARE * device.cache / (programs * pair))
-    columns = max(min(columns, N * V // programs), V // PARTS, block)
-    parts = -(-V // columns)
-    return V if parts == 1 else -(-V // parts // block) * block
+    block = SLICE.threads * COLUMNS
+    columns = int(SLICES_SHARE * device.cache / (device.programs(SLICE) * pair))
+    parts = -(-V // max(columns, -(-V // PARTS), block))
+    return -(-V // parts // block) * block
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache
 def _plan(
-    device: torch.device, N: int, V: int, pair: int, whole: bool, shifted: int
+    device: torch.device, V: int, pair: int, whole: bool, shifted: int
 ) -> tuple[int, int, dict[str, int]]:
     """Slices of a row, their columns, and options of the launch. A row may begin up to `shifted`
     columns after a whole vector, and its slices then end so much later."""
     gpu = _device(device)
-    columns = V if whole else slice_columns(gpu, N, V, pair)
-    parts = 1 if columns == V else -(-(V + shifted) // columns)
-    split = 1 < parts <= min(PARTS, gpu.multiprocessors) and N * parts < 2**31
-    config = SLICE if split else gpu.configuration(V * pair)
-    options = {"SAMPLE": config.sample, "PARTS": PARTS if split else 1, **gpu.options(config)}
-    return parts if split else 1, columns, options
+    columns = V if whole else slice_columns(gpu, V + shifted, pair)
+    parts = -(-V // columns)
+    if parts > 1:
+        parts = -(-(V + shifted) // columns)
+    if not 1 < parts <= gpu.multiprocessors:
+        parts = 1
+    config = SLICE if parts > 1 else gpu.configuration(V * pair)
+    options = {"SAMPLE": config.sample, "PARTS": PARTS if parts > 1 else 1, **gpu.options(config)}
+    return parts, columns, options
 
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
@@ -250,10 +254,12 @@ def kd_rows(
         divergence = FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
     prune = divergence != NONE and keep < vocab_size
     shifted = vector - 1 if (s.shift | s.outer | s.inner) % vector else 0
-    parts, columns, options = _plan(student.device, N, vocab_size, sum(sizes), prune, shifted)
+    parts, columns, options = _plan(student.device, vocab_size, sum(sizes), prune, shifted)
     counters = shared = soft
     with _current(student.device):
         if parts > 1:
+            if N * parts >= 2**31:
+                raise ValueError(f"fastkd: too many rows for the Triton kernels, {N}")
             counters = _counters(student.device, N + 1)
             shared = soft.new_empty(N * SHARED * PARTS)
         kernels.kd_rows_kernel[(N * parts,)](

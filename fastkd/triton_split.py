@@ -14,6 +14,12 @@ whatever order a GPU starts programs, if it has room for those of one row at a t
 The host allows no more programs to a row than there are multiprocessors, each of which has room for
 one at least. Another kernel on the GPU, if it does not wait for this one, ends and makes room.
 
+Why the slice is read again and not kept in registers: by counting, for nothing has run on a GPU. At
+70 % of its copy rate a multiprocessor of an H200 takes 3.8 pairs a nanosecond, and if loading,
+waiting and storing take a program 5 us, programs of 19000 pairs have to be in flight there. In 128
+registers a thread keeps 16 pairs, 8192 for the multiprocessor (with 32 the compiler spills 3.3 KB);
+the cache has room for 49000. The memory sees 6 bytes a pair either way, the cache 10 instead of 6.
+
 The last ticket resets the tickets, the last program to leave a row its counter, at which nobody
 waits any more: a launch leaves the zeros that it found, and the next one needs no other before it.
 """

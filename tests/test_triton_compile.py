@@ -85,10 +85,8 @@ def test_one_kernel_for_every_size():
                 aot.launch(N=N, V=V, **options)
         return {kernel.hash for kernel in kernels}
 
-    dense = kernels_of((67, 20000), (512, 20001), (131, 32768), (67, 30000))
-    split = kernels_of(
-        (1, 20001), (2, 32768), (16, 131072), (64, 400000), (1024, 131072), (1, 4097)
-    )
+    dense = kernels_of((1, 20000), (2, 20001), (16, 32768), (67, 30000))
+    split = kernels_of((1, 65537), (2, 131072), (16, 128256), (1, 400000), (64, 262144))
     pruned = {
         hash
         for keep in (1, 2, 16, 333)
@@ -98,24 +96,27 @@ def test_one_kernel_for_every_size():
 
 
 def test_which_rows_are_split():
-    """Rows of an H200: those that the cache would lose, and those too few for it."""
-    device = aot.triton_launch.device_of(90, 132, 50 << 20, 32)
+    """Those of which a GPU's cache does not hold as many as are in flight until their second read,
+    into slices of which it does."""
+    launch, cache = aot.triton_launch, 50 << 20
+    h200 = launch.device_of(90, 132, cache, 32)
 
-    def parts(N: int, V: int, pair: int = 4) -> int:
-        columns = aot.triton_launch.slice_columns(device, N, V, pair)
-        assert columns == V or columns % (aot.triton_launch.SLICE.threads * 8) == 0
+    def parts(V: int, pair: int = 4, device=h200) -> int:
+        columns = launch.slice_columns(device, V, pair)
+        assert columns == V or columns % (launch.SLICE.threads * launch.COLUMNS) == 0
         return -(-V // columns)
 
-    in_flight = 132 * 2  # slices
-    for N, V, pair in ((8192, 128256, 4), (8192, 262144, 4), (8192, 151936, 8), (8192, 60000, 4)):
-        count = parts(N, V, pair)
-        assert count > 1
+    for V, pair in ((60000, 4), (128256, 4), (151936, 4), (262144, 4), (151936, 8), (786432, 4)):
+        count = parts(V, pair)
+        assert 1 < count <= launch.PARTS
         # A slice is a whole number of tiles, so up to one more.
-        assert in_flight * (V / count) * pair < 0.6 * (50 << 20)
-    assert parts(8192, 57000) == parts(8192, 32768) == parts(8192, 1) == parts(8192, 28000, 8) == 1
-    assert parts(1, 128256) == 32 and parts(1, 2048) == 1 and parts(4, 4096) == 2
-    assert parts(66, 32768) == 4 and parts(67, 32768) == 1
-    assert parts(1, 10**7) == 32
+        assert 2 * 132 * (V / count) * pair < launch.ROWS_SHARE * cache
+    assert parts(57000) == parts(32768) == parts(1) == parts(28000, 8) == 1
+    for V in (10**6, 10**7, 32 * 2048 * 40 - 7, 32 * 2048 * 40 + 1):
+        assert parts(V) <= launch.PARTS
+    mi300 = launch.device_of("gfx942", 304, 4 << 20, 64)
+    assert parts(32768, device=mi300) == 1 and parts(262144, device=mi300) > 1
+    assert parts(32768, device=launch.device_of("gfx90a", 104, 8 << 20, 64)) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

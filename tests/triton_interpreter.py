@@ -155,7 +155,7 @@ def taking_turns(room: int = 0, seed: int = 0) -> Iterator[list[int]]:
         active[-1].yield_turn()
         return atomic(self, *arguments)
 
-    def slice_columns(device, N: int, V: int, pair: int) -> int:
+    def slice_columns(device, V: int, pair: int) -> int:
         block = max(16, 1 << max(V // 4, 1).bit_length() - 1)
         triton_launch.SLICE = triton_launch.Config(block // triton_launch.COLUMNS, 0)
         return min(2 * block, V)
