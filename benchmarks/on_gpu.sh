@@ -14,7 +14,8 @@
 # Needs nvcc, g++, torch >= 2.10 with CUDA, setuptools and pytest; ninja, hypothesis and
 # compute-sanitizer are used where they are. A stage ends within 8 minutes; what it prints goes to
 # OUT/STAGE.log, its outcome to OUT/summary.txt. "unfinished": there was no time for all of it;
-# timing goes on where it stopped when it is called again. BACKEND=triton: the other backend.
+# timing goes on where it stopped when it is called again. BACKEND=triton: the other backend, also
+# on AMD's GPUs and without nvcc; its first calls compile, so that a stage called again goes further.
 # REHEARSE=1: all of it on the CPU with tiny inputs, to try the script; the numbers mean nothing.
 set -uo pipefail
 [ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -29,10 +30,11 @@ export OUT BACKEND REHEARSE PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 FASTKD_EMU
 
 build() {
   if [ -z "$REHEARSE" ]; then
-    nvidia-smi
+    nvidia-smi || rocm-smi
     local capability='import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))'
     TORCH_CUDA_ARCH_LIST=$(python3 -c "$capability") || return
     export TORCH_CUDA_ARCH_LIST
+    [ "$BACKEND" = cuda ] || export FASTKD_CUDA=0
   fi
   # Beside pyproject.toml, which a setuptools older than 77 refuses.
   mkdir -p "$OUT/build" && cp -r setup.py csrc "$OUT/build" &&
@@ -43,10 +45,13 @@ build() {
 tests() {
   local marks="gpu and $1"
   [ -z "$REHEARSE" ] || marks=$1
-  python3 -m pytest tests -q -p no:cacheprovider --durations=10 -m "$marks" "${@:2}"
+  local only=triton
+  [ "$BACKEND" = triton ] || only="not triton"
+  [ -z "$REHEARSE" ] || only=$2
+  python3 -m pytest tests -q -p no:cacheprovider --durations=10 -m "$marks" -k "$only"
 }
-suite() { tests "not slow" ${REHEARSE:+-k "cpu and test_accuracy"}; }
-compile() { tests slow ${REHEARSE:+-k "cpu and test_compile_of_half"}; }
+suite() { tests "not slow" "cpu and test_accuracy"; }
+compile() { tests slow "cpu and test_compile_of_half"; }
 
 checks() { "${@:2}" python3 -m benchmarks.gpu_checks "$1" --backend "$BACKEND" --seconds 400; }
 variants() { checks variants; }
@@ -56,7 +61,9 @@ graph() { checks graph; }
 sanitize() {
   local tool=compute-sanitizer
   command -v $tool >/dev/null || tool=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
-  local under=("$tool" --tool "$1" --error-exitcode 99 --kernel-name kns=fastkd)
+  local kernels=fastkd
+  [ "$BACKEND" != triton ] || kernels=_rows_kernel  # as Triton names them
+  local under=("$tool" --tool "$1" --error-exitcode 99 --kernel-name "kns=$kernels")
   [ -z "$REHEARSE" ] || under=(env)
   # Without torch's cache of memory, so that what lies beyond a tensor is no other tensor's.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 checks variants "${under[@]}"

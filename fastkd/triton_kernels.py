@@ -20,26 +20,43 @@ from .triton_math import (
     store_tile,
     to_float,
 )
-from .triton_passes import FORWARD, MIXTURE, NONE, REVERSE, maxima, second, sums
+from .triton_passes import (
+    FORWARD,
+    MIXTURE,
+    NONE,
+    careful_soft,
+    maxima,
+    open_row,
+    quick_soft,
+    second,
+    sums,
+    unusable,
+)
 from .triton_select import kth_largest
+from .triton_split import SHARED, combined, count_in, tell, values_of, wait
 
 # A size or stride of 1, or one divisible by 16, is no reason to compile another kernel.
 UNSPECIALISED = (
-    "N inner vocab width keep s_shift s_outer s_inner t_shift t_outer t_inner "
+    "N parts columns inner vocab width keep s_shift s_outer s_inner t_shift t_outer t_inner "
     "g_shift g_outer g_inner shift outer inner_stride"
 ).split()
+
+
+# Read one number at a time: where they begin is none either.
+PER_ROW = ("labels student_inverse teacher_inverse soft_weight hard_weight soft hard scale").split()
 
 
 @triton.jit
 def row_terms(
     s_row, t_row, g_row, low, high, keep, s_inverse, t_inverse, soft_weight, hard_weight, label,
-    beta, rest,
+    beta, rest, counter, shared, part, parts,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    SAMPLE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Both terms, and whether the gradient is written; where it is not, it is NaN."""
-    # Read before any thread can have written the gradient over it.
+    """Both terms, whether the gradient is written (where it is not, it is NaN), and whether it is
+    for this program to write the terms: of a slice, columns [low, high), that falls to the last."""
+    # Read before any thread, here or at another slice, can have written the gradient over it.
     label_logit = 0.0
     if HARD:
         label_logit = to_float(tl.load(s_row + low + label))
@@ -66,13 +83,37 @@ def row_terms(
         s_max, t_max, h_max, nans = maxima(
             s_row, t_row, end, low, high, threshold, PRUNE, VECTOR, BLOCK, LANE
         )
+        s_frame = s_max
+        t_frame = t_max
+        h_frame = h_max
+        if PARTS > 1 and tries > 0:  # without a finite logit a slice adds 0, and a row is NaN
+            s_frame = tl.where(s_max == NINF, 0.0, s_max)
+            t_frame = tl.where(t_max == NINF, 0.0, t_max)
+            h_frame = s_frame
         zs, zt, zh, cross = sums(
-            s_row, t_row, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+            s_row, t_row, low, high, threshold, s_frame, t_frame, h_frame, s_scale, t_scale,
             DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE,
         )  # fmt: skip
         sound = zs + zt + zh < 16777216.0
         tries = tl.where(sound, 2, tries + 1)
         end = high
+    if PARTS > 1:
+        tell(shared, 0, part, s_max, PARTS)
+        if HARD:
+            tell(shared, 4, part, zh, PARTS)
+        if DIVERGENCE != NONE:
+            tell(shared, 1, part, t_max, PARTS)
+            tell(shared, 2, part, zs, PARTS)
+            tell(shared, 3, part, zt, PARTS)
+            if DIVERGENCE != MIXTURE:
+                tell(shared, 5, part, cross, PARTS)
+        count_in(counter)
+        wait(counter, parts)
+        s_max, t_max, zs, zt, zh, cross = combined(
+            shared, parts, s_scale, t_scale, DIVERGENCE, HARD, PARTS
+        )
+        h_max = s_max
+        sound = zs + zt + zh < float("inf")
 
     s_log = tl.log2(zs)
     t_log = tl.log2(zt)
@@ -84,6 +125,7 @@ def row_terms(
     at_label = low + label
     soft = tl.full([], 0.0, tl.float32)
     soft_factor = soft_weight * s_inverse
+    last = True
     if DIVERGENCE == NONE:
         if GRADIENT:
             second(
@@ -91,14 +133,11 @@ def row_terms(
                 t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, soft, beta, rest,
                 at_label, NONE, PRUNE, HARD, False, False, True, VECTOR, G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
+        if PARTS > 1:
+            last = count_in(counter) == 2 * parts - 1
     else:
-        quick = False
-        if DIVERGENCE == FORWARD:
-            soft = (cross / zt - (t_log - s_log)) * LN2
-        if DIVERGENCE == REVERSE:
-            soft = (cross / zs - (s_log - t_log)) * LN2
-        if DIVERGENCE != MIXTURE:
-            quick = sound & (cross < 1e30) & (soft > 0.01)
+        soft, quick = quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE)
+        quick = quick & sound
         if DIVERGENCE != MIXTURE and quick:
             value0, value1 = second(
                 s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
@@ -106,6 +145,13 @@ def row_terms(
                 at_label, DIVERGENCE, PRUNE, HARD, False, True, GRADIENT, VECTOR, G_VECTOR,
                 BLOCK, LANE,
             )  # fmt: skip
+            if PARTS > 1:
+                tell(shared, 6, part, value0, PARTS)
+                tell(shared, 7, part, value1, PARTS)
+                last = count_in(counter) == 2 * parts - 1
+                if last:
+                    tl.debug_barrier()
+                    value0, value1 = values_of(shared, parts, PARTS)
             soft = value0 * LN2 + value1
         else:
             value0, value1 = second(
@@ -114,11 +160,13 @@ def row_terms(
                 at_label, DIVERGENCE, PRUNE, HARD, True, True,
                 GRADIENT and DIVERGENCE == FORWARD, VECTOR, G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
-            soft = value0
-            divergence = value0
-            if DIVERGENCE == MIXTURE:
-                soft = beta * value0 + rest * value1
-                divergence = value1
+            if PARTS > 1:
+                tell(shared, 6, part, value0, PARTS)
+                tell(shared, 7, part, value1, PARTS)
+                count_in(counter)
+                wait(counter, 2 * parts)
+                value0, value1 = values_of(shared, parts, PARTS)
+            soft, divergence = careful_soft(value0, value1, zs, zt, nans, beta, rest, DIVERGENCE)
             if GRADIENT and DIVERGENCE != FORWARD:  # it needs the divergence first
                 second(
                     s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
@@ -126,15 +174,13 @@ def row_terms(
                     rest, at_label, DIVERGENCE, PRUNE, HARD, True, False, True, VECTOR,
                     G_VECTOR, BLOCK, LANE,
                 )  # fmt: skip
-            # A NaN, or a side without a finite logit: its maximum is -inf, and -inf - -inf is NaN.
-            if (zs != zs) | (zt != zt) | (nans > 0):
-                soft = tl.full([], float("nan"), tl.float32)
+            if PARTS > 1:
+                last = count_in(counter) == 3 * parts - 1
         soft = tl.where(soft < 0, 0.0, soft)
-        unusable = soft != soft
-        if DIVERGENCE == REVERSE:
-            unusable = unusable | (soft == float("inf"))
-        lost = lost | (unusable & (soft_weight != 0))
-    return soft, hard, lost
+        lost = lost | (unusable(soft, DIVERGENCE) & (soft_weight != 0))
+    if PARTS > 1 and last:
+        tl.store(counter, 0)
+    return soft, hard, lost, last
 
 
 @triton.jit
@@ -147,11 +193,13 @@ def fill(row, value, low, high, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
         store_tile(row, values, edge * full, low, high, VECTOR, BLOCK, True)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=PER_ROW)
 def kd_rows_kernel(
     student, teacher, dstudent, labels, student_inverse, teacher_inverse, soft_weight, hard_weight,
     soft, hard,
-    N, inner, vocab, width, keep, beta, rest,
+    counters,  # of split rows: [1 + N] int32, the tickets and one per row, 0 before and after
+    shared,  # of split rows: [N, SHARED, PARTS] float32
+    N, parts, columns, inner, vocab, width, keep, beta, rest,
     s_shift, s_outer: tl.int64, s_inner: tl.int64,
     t_shift, t_outer: tl.int64, t_inner: tl.int64,
     g_shift, g_outer: tl.int64, g_inner: tl.int64,
@@ -160,58 +208,61 @@ def kd_rows_kernel(
     # Elements of a vector, where all rows of both sides (and dstudent's) lie alike in it; else 1.
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
     BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two >= parts
 ):  # fmt: skip
-    """Rows r, r + number of programs, ...: how many are in flight is how much of the cache is."""
+    """Rows r, r + number of programs, ...; or, of N * parts programs, the slices of `columns`
+    columns, a multiple of BLOCK, that the rows are split into."""
     row = tl.program_id(0)
+    part = 0
+    if PARTS > 1:
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+        if ticket == N * parts - 1:
+            tl.store(counters, 0)
+        row = ticket // parts
+        part = ticket % parts
     while row < N:
-        s_row = row_offset(row, s_shift, inner, s_outer, s_inner)
-        t_row = row_offset(row, t_shift, inner, t_outer, t_inner)
-        low = (s_row % VECTOR).to(tl.int32)
-        s_row = step_back(student, s_row, low, VECTOR)
-        t_row = step_back(teacher, t_row, low, VECTOR)
-        g_row = s_row
-        if GRADIENT:
-            g_row = row_offset(row, g_shift, inner, g_outer, g_inner)
-            g_row = step_back(dstudent, g_row, low, G_VECTOR)
+        s_row, t_row, g_row, low, s_weight, h_weight, skipped, label, valid = open_row(
+            row, student, teacher, dstudent, labels, soft_weight, hard_weight, inner, vocab,
+            s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
+            DIVERGENCE, HARD, LABELS, GRADIENT, VECTOR, G_VECTOR,
+        )  # fmt: skip
         high = low + vocab
-
-        s_weight = tl.full([], 0.0, tl.float32)
-        h_weight = s_weight
-        if DIVERGENCE != NONE:
-            s_weight = tl.load(soft_weight + row)
-        if HARD:
-            h_weight = tl.load(hard_weight + row)
-        skipped = (s_weight == 0) & (h_weight == 0)
-        label = tl.full([], 0, tl.int64)
-        valid = True
-        if LABELS:
-            label = tl.load(labels + row)
-            valid = (label >= 0) & (label < vocab)
+        begin = 0
+        first = low
+        end = high
+        if PARTS > 1:  # the slice as a row of its own, from `begin`
+            begin = tl.multiple_of(part * columns, BLOCK)
+            first = tl.maximum(low - begin, 0)
+            end = tl.minimum(high - begin, columns)
         # Of a row that is skipped, or whose label is no class.
         value = tl.where(skipped, 0.0, float("nan"))
         s_term = value if DIVERGENCE != NONE else s_weight
         h_term = value if HARD else h_weight
         lost = True
+        last = part == 0
         if valid & ~skipped:
-            s_term, h_term, lost = row_terms(
-                s_row, t_row, g_row, low, high, keep,
+            s_term, h_term, lost, last = row_terms(
+                s_row + begin, t_row + begin, g_row + begin, first, end, keep,
                 tl.load(student_inverse + row), tl.load(teacher_inverse + row),
-                s_weight, h_weight, label.to(tl.int32), beta, rest,
-                DIVERGENCE, PRUNE, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, SAMPLE,
+                s_weight, h_weight, label + (low - begin - first), beta, rest,
+                counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
+                DIVERGENCE, PRUNE, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, SAMPLE, PARTS,
             )  # fmt: skip
         if GRADIENT:
             if lost:
                 tl.debug_barrier()  # other threads may still read the row, or write it
-                fill(g_row, value, low, high, G_VECTOR, BLOCK)
-            for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
-                zeros = tl.zeros([BLOCK], tl.float32)
-                store_tile(g_row, zeros, start, high, low + width, G_VECTOR, BLOCK, True)
-        tl.store(soft + row, s_term)
-        tl.store(hard + row, h_term)
-        row += tl.num_programs(0)
+                fill(g_row + begin, value, first, end, G_VECTOR, BLOCK)
+            if part == 0:
+                for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
+                    zeros = tl.zeros([BLOCK], tl.float32)
+                    store_tile(g_row, zeros, start, high, low + width, G_VECTOR, BLOCK, True)
+        if last:
+            tl.store(soft + row, s_term)
+            tl.store(hard + row, h_term)
+        row += N if PARTS > 1 else tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=PER_ROW)
 def scale_rows_kernel(
     dstudent, scale, inner, width, shift, outer: tl.int64, inner_stride: tl.int64,
     PER_ROW: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import triton_backend
 from . import triton_kernels as kernels
+from . import triton_passes as passes
 
 
 class Config(NamedTuple):
@@ -17,23 +18,39 @@ class Config(NamedTuple):
     sample: int  # logits that the selection of classes looks at first
 
 
-# By the largest V they serve. 512 threads of 128 registers are one program on a multiprocessor:
-# what is then in flight, a row of both logits each, stays in the L2 cache of an H200 until its
-# second read up to V = 57000 in bfloat16, and half of it at V = 128000. Counted from sizes; no
-# entry has been timed.
-TABLE = ((2048, Config(128, 512)), (16384, Config(256, 1024)), (2**31, Config(512, 2048)))
-# Triton's interpreter takes time by the tile: few, and still a first, some whole and a last one.
-INTERPRETED = ((4096, Config(128, 64)), (32768, Config(512, 512)), (2**31, Config(4096, 512)))
+class Machine(NamedTuple):
+    """What the table knows of a kind of GPU."""
+
+    threads: int  # that a multiprocessor's registers suffice for, by tests/triton_table_*.txt
+    options: dict[str, int]  # of the compiler, so that they do for programs of fewer
+    cache: int | None  # bytes of the last cache before the memory; None: torch knows it
+    rows: tuple[tuple[int, Config], ...]  # by the largest row that they serve, both logits in bytes
+
+
+# No entry has been timed: they are counted from sizes.
+_ROWS = ((8 << 10, Config(128, 512)), (64 << 10, Config(256, 1024)), (1 << 62, Config(512, 2048)))
+TABLE = {  # by the beginning of the architecture's name
+    "sm": Machine(512, {"maxnreg": 128}, None, _ROWS),
+    "gfx94": Machine(1024, {}, 256 << 20, _ROWS),
+    "gfx95": Machine(1024, {}, 256 << 20, _ROWS),
+    "gfx9": Machine(1024, {}, None, _ROWS),
+    "gfx": Machine(768, {}, 64 << 20, _ROWS),
+    # Its time goes by the tile: few, and still a first, some whole and a last one.
+    "interpreter": Machine(512, {}, 0, (
+        (16 << 10, Config(256, 64)), (128 << 10, Config(1024, 512)), (1 << 62, Config(4096, 512)),
+    )),
+}  # fmt: skip
 # Of a tile, per thread: a vector of half precision. For two the registers do not suffice.
 COLUMNS = 8
-NONE, FORWARD, REVERSE, MIXTURE = (
-    int(x.value) for x in (kernels.NONE, kernels.FORWARD, kernels.REVERSE, kernels.MIXTURE)
+# Of split rows: two programs on a multiprocessor of NVIDIA's, so that one works while one waits.
+SLICE = Config(256, 0)
+PARTS = 32  # at most
+# Of the cache: what rows in flight may take of it, and slices, of which more are read at a time.
+ROWS_SHARE, SLICES_SHARE = 0.6, 0.5
+SHARED, NONE, FORWARD, REVERSE, MIXTURE = (
+    int(x.value)
+    for x in (kernels.SHARED, passes.NONE, passes.FORWARD, passes.REVERSE, passes.MIXTURE)
 )
-
-
-def configuration(V: int) -> Config:
-    table = INTERPRETED if triton_backend.INTERPRETED else TABLE
-    return next(config for limit, config in table if limit >= V)
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -43,36 +60,122 @@ def _current(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+class Device(NamedTuple):
+    multiprocessors: int
+    cache: int  # bytes
+    warp: int
+    machine: Machine
+
+    def configuration(self, row: int) -> Config:
+        """For rows of so many bytes."""
+        return next(config for limit, config in self.machine.rows if limit >= row)
+
+    def options(self, config: Config) -> dict[str, int]:
+        """Of a launch."""
+        options = self.machine.options if config.threads < self.machine.threads else {}
+        warps = max(config.threads // self.warp, 1)
+        return {"BLOCK": config.threads * COLUMNS, "num_warps": warps, **options}
+
+    def programs(self, config: Config) -> int:
+        """That run at a time."""
+        return self.multiprocessors * max(self.machine.threads // config.threads, 1)
+
+
 @functools.cache
-def _warp_size(device: torch.device) -> int:
+def _device(device: torch.device) -> Device:
     if triton_backend.INTERPRETED:
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
+        return Device(PARTS, 0, 32, TABLE["interpreter"])
+    gpu = torch.cuda.get_device_properties(device)
+    target = triton.runtime.driver.active.get_current_target()
+    return device_of(target.arch, gpu.multi_processor_count, gpu.L2_cache_size, target.warp_size)
+
+
+def device_of(arch: int | str, multiprocessors: int, cache: int, warp: int) -> Device:
+    name = f"sm_{arch}" if isinstance(arch, int) else arch
+    machine = next(machine for kind, machine in TABLE.items() if name.startswith(kind))
+    return Device(multiprocessors, machine.cache or cache, warp, machine)
+
+
+def slice_columns(device: Device, V: int, pair: int) -> int:
+    """Of the slices that rows of V pairs of logits of `pair` bytes are split into; V: of none.
+
+    Rows are split that the cache loses before they are read again, if as many are in flight as the
+    GPU has room for. However many there are, then: a row does not depend on its neighbours.
+    """
+    if triton_backend.INTERPRETED:  # it runs programs one after another: one would wait for ever
+        return V
+    rows = device.programs(device.configuration(V * pair))
+    if rows * V * pair <= ROWS_SHARE * device.cache:
+        return V
+    block = SLICE.threads * COLUMNS
+    columns = int(SLICES_SHARE * device.cache / (device.programs(SLICE) * pair))
+    parts = -(-V // max(columns, -(-V // PARTS), block))
+    return -(-V // parts // block) * block
+
+
+@functools.lru_cache
+def _plan(
+    device: torch.device, V: int, pair: int, whole: bool, shifted: int
+) -> tuple[int, int, dict[str, int]]:
+    """Slices of a row, their columns, and options of the launch. A row may begin up to `shifted`
+    columns after a whole vector, and its slices then end so much later."""
+    gpu = _device(device)
+    columns = V if whole else slice_columns(gpu, V + shifted, pair)
+    parts = -(-V // columns)
+    if parts > 1:
+        parts = -(-(V + shifted) // columns)
+    if not 1 < parts <= gpu.multiprocessors:
+        parts = 1
+    config = SLICE if parts > 1 else gpu.configuration(V * pair)
+    options = {"SAMPLE": config.sample, "PARTS": PARTS if parts > 1 else 1, **gpu.options(config)}
+    return parts, columns, options
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(device: torch.device, n: int) -> Tensor:
+    """At least `n` zeros, which the kernel leaves as zeros: launches of a stream share them."""
+    if device.type != "cuda":
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():  # a graph runs on any stream, beside any other
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    found = _COUNTERS.get(key)
+    if found is None or found.numel() < n:
+        size = triton.next_power_of_2(max(n, 1024))
+        found = _COUNTERS[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return found
 
 
 class _Rows(NamedTuple):
     """As the kernels take them; row a * B + b begins at base + shift + a * outer + b * inner."""
 
     base: Tensor  # at a multiple of 16 bytes, if that lies in the same storage
+    aligned: bool
     shift: int
     outer: int
     inner: int
-    aligned: bool
 
     def alike(self, other: "_Rows", lane: int) -> bool:
         """Whether every row of both begins as many elements after a multiple of `lane`."""
-        if not (self.aligned and other.aligned):
-            return False
-        return all((x - y) % lane == 0 for x, y in zip(self[1:4], other[1:4], strict=True))
+        differences = (
+            (self.shift - other.shift) | (self.outer - other.outer) | (self.inner - other.inner)
+        )
+        return self.aligned and other.aligned and differences % lane == 0
 
 
 def _rows(rows: Tensor) -> _Rows:
+    *outer, inner, _ = rows.stride()
     shift = rows.data_ptr() % 16 // rows.element_size()
-    offset = rows.storage_offset() - shift
-    aligned = offset >= 0
-    base = rows if shift == 0 or not aligned else rows.as_strided((1,), (1,), offset)
-    outer = rows.stride(0) if rows.dim() == 3 else 0
-    return _Rows(base, shift if aligned else 0, outer, rows.stride(-2), aligned)
+    aligned = shift == 0 or rows.storage_offset() >= shift
+    if not aligned:
+        shift = 0
+    base = rows.as_strided((1,), (1,), rows.storage_offset() - shift) if shift else rows
+    return _Rows(base, aligned, shift, outer[0] if outer else 0, inner)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(
@@ -84,21 +187,18 @@ def _check(
     vocab_size: int,
 ) -> None:
     """What keeps a call of the bare op from memory that is not there; kd_loss checks the rest."""
-    N, widths = student.shape[:-1].numel(), (student.shape[-1], teacher.shape[-1])
+    leading, width = student.shape[:-1], student.shape[-1]
+    N = leading.numel()
     for rows in (student, teacher) if dstudent is None else (student, teacher, dstudent):
-        if (
-            rows.dim() not in (2, 3)
-            or rows.shape[:-1].numel() != N
-            or rows.shape[-2] != student.shape[-2]
-        ):
+        if rows.shape[:-1] != leading or len(leading) not in (1, 2):
             raise ValueError("fastkd: the rows must come as [N, V] or [A, B, V], alike")
         if rows.stride(-1) != 1 and rows.shape[-1] != 1:
             raise ValueError("fastkd: rows must have stride 1 in V")
-        if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if rows.dtype not in _DTYPES:
             raise ValueError(f"fastkd: the Triton kernels do not take {rows.dtype}")
-    if dstudent is not None and dstudent.shape[-1] != widths[0]:
+    if dstudent is not None and dstudent.shape[-1] != width:
         raise ValueError("fastkd: dstudent must have the V of student")
-    if not 1 <= vocab_size <= min(widths):
+    if not 1 <= vocab_size <= min(width, teacher.shape[-1]):
         raise ValueError("fastkd: vocab_size out of range")
     for vector in vectors:
         if vector.numel() != N or not vector.is_contiguous() or vector.dtype != torch.float32:
@@ -136,10 +236,9 @@ def kd_rows(
         raise ValueError(
             "fastkd: the Triton kernels compute neither decoupled terms nor from probs"
         )
-    N = student.shape[:-1].numel()
     given = [x for x in (student, teacher, dstudent) if x is not None]
-    leading = max((x.shape[:-1] for x in given), key=len)
-    if len({x.dim() for x in given}) > 1 and leading.numel() == N:
+    if len({x.dim() for x in given}) > 1:
+        leading = max((x.shape[:-1] for x in given), key=len)
         student, teacher = _as(student, leading), _as(teacher, leading)
         dstudent = None if dstudent is None else _as(dstudent, leading)
     vectors = [student_inv_temperature, teacher_inv_temperature]
@@ -149,34 +248,41 @@ def kd_rows(
         raise ValueError("fastkd: keep < 1, or a hard term without labels")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
+    N = soft.numel()
     if N == 0:
         return soft, hard
-    size = min(student.element_size(), teacher.element_size())
-    lane = 16 // size
     s, t = _rows(student), _rows(teacher)
-    g = s if dstudent is None else _rows(dstudent)
+    g = s if dstudent is None or dstudent is student else _rows(dstudent)
+    sizes = student.element_size(), teacher.element_size()
+    lane = 16 // min(sizes)
     vector = lane if s.alike(t, lane) else 1
-    g_vector = vector if s.alike(g, lane) else 1
-    config = configuration(vocab_size)
     divergence = NONE
     if soft_weight is not None:
         divergence = FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
+    prune = divergence != NONE and keep < vocab_size
+    shifted = vector - 1 if (s.shift | s.outer | s.inner) % vector else 0
+    parts, columns, options = _plan(student.device, vocab_size, sum(sizes), prune, shifted)
+    counters = shared = soft
     with _current(student.device):
-        kernels.kd_rows_kernel[(N,)](
+        if parts > 1:
+            if N * parts >= 2**31:
+                raise ValueError(f"fastkd: too many rows for the Triton kernels, {N}")
+            counters = _counters(student.device, N + 1)
+            shared = soft.new_empty(N * SHARED * PARTS)
+        kernels.kd_rows_kernel[(N * parts,)](
             s.base, t.base, g.base,
             student if labels is None else labels,
             student_inv_temperature, teacher_inv_temperature,
             soft if soft_weight is None else soft_weight,
             hard if hard_weight is None else hard_weight,
-            soft, hard,
-            N, student.shape[-2], vocab_size, student.shape[-1], min(keep, vocab_size),
-            beta, 1 - beta,
-            *s[1:4], *t[1:4], *g[1:4],
-            DIVERGENCE=divergence, PRUNE=divergence != NONE and keep < vocab_size,
+            soft, hard, counters, shared,
+            N, parts, columns, student.shape[-2], vocab_size, student.shape[-1],
+            min(keep, vocab_size), beta, 1 - beta,
+            *s[2:], *t[2:], *g[2:],
+            DIVERGENCE=divergence, PRUNE=prune,
             HARD=hard_weight is not None, LABELS=labels is not None, GRADIENT=dstudent is not None,
-            VECTOR=vector, G_VECTOR=g_vector, LANE=lane,
-            BLOCK=config.threads * COLUMNS, SAMPLE=config.sample,
-            num_warps=config.threads // _warp_size(student.device),
+            VECTOR=vector, G_VECTOR=vector if g is s or s.alike(g, lane) else 1, LANE=lane,
+            **options,
         )  # fmt: skip
     return soft, hard
 
@@ -190,11 +296,10 @@ def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     if N == 0:
         return
     g = _rows(dstudent)
-    config = configuration(dstudent.shape[-1])
+    gpu, size = _device(dstudent.device), dstudent.element_size()
     with _current(dstudent.device):
         kernels.scale_rows_kernel[(N,)](
-            g.base, scale, dstudent.shape[-2], dstudent.shape[-1], *g[1:4],
-            PER_ROW=scale.numel() != 1, BLOCK=config.threads * COLUMNS,
-            VECTOR=16 // dstudent.element_size() if g.aligned else 1,
-            num_warps=config.threads // _warp_size(dstudent.device),
+            g.base, scale, dstudent.shape[-2], dstudent.shape[-1], *g[2:],
+            PER_ROW=scale.numel() != 1, VECTOR=16 // size if g.aligned else 1,
+            **gpu.options(gpu.configuration(dstudent.shape[-1] * size)),
         )  # fmt: skip

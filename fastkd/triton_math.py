@@ -81,20 +81,20 @@ def load_tile(
     RAGGED: tl.constexpr,
     LAST: tl.constexpr,  # the row is not read again: its lines may go
 ):
-    """float32 [BLOCK // LANE, LANE], -inf outside [low, high).
-
-    A vector is read whole if one of its columns is inside: its 16 bytes are never on two pages.
-    """
+    """float32 [BLOCK // LANE, LANE], -inf outside [low, high), where nothing is read."""
     columns = tl.multiple_of(start, VECTOR) + tl.arange(0, BLOCK)
     policy: tl.constexpr = "evict_first" if LAST else ""
     if RAGGED:
         vector = columns // VECTOR * VECTOR
-        mask = (vector + VECTOR > low) & (vector < high)
-        x = tl.load(pointer + columns, mask=mask, other=NINF, eviction_policy=policy)
-        x = tl.where((columns >= low) & (columns < high), to_float(x), NINF)
+        whole = (vector >= low) & (vector + VECTOR <= high)
+        x = tl.load(pointer + columns, mask=whole, other=NINF, eviction_policy=policy)
+        if VECTOR > 1:  # of the two vectors that are not
+            inside = (columns >= low) & (columns < high) & ~whole
+            edge = tl.load(pointer + columns, mask=inside, other=NINF, eviction_policy=policy)
+            x = tl.where(whole, x, edge)
     else:
-        x = to_float(tl.load(pointer + columns, eviction_policy=policy))
-    return tl.reshape(x, [BLOCK // LANE, LANE])
+        x = tl.load(pointer + columns, eviction_policy=policy)
+    return tl.reshape(to_float(x), [BLOCK // LANE, LANE])
 
 
 @triton.jit

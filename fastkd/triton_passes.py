@@ -15,11 +15,46 @@ from .triton_math import (
     load_tile,
     log_terms,
     positions,
+    row_offset,
+    step_back,
     store_tile,
 )
 
 # Which divergence D(p, q): none, KL(p||q), KL(q||p), the mixture of spec.py.
 NONE, FORWARD, REVERSE, MIXTURE = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def open_row(
+    row, student, teacher, dstudent, labels, soft_weight, hard_weight, inner, vocab,
+    s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Where a row begins, stepped back to a whole vector by the columns before `low`; its weights;
+    whether it is skipped; its label, and whether that is a class."""
+    s_row = row_offset(row, s_shift, inner, s_outer, s_inner)
+    t_row = row_offset(row, t_shift, inner, t_outer, t_inner)
+    low = (s_row % VECTOR).to(tl.int32)
+    s_row = step_back(student, s_row, low, VECTOR)
+    t_row = step_back(teacher, t_row, low, VECTOR)
+    g_row = s_row
+    if GRADIENT:
+        g_row = row_offset(row, g_shift, inner, g_outer, g_inner)
+        g_row = step_back(dstudent, g_row, low, G_VECTOR)
+    s_weight = tl.full([], 0.0, tl.float32)
+    h_weight = s_weight
+    if DIVERGENCE != NONE:
+        s_weight = tl.load(soft_weight + row)
+    if HARD:
+        h_weight = tl.load(hard_weight + row)
+    skipped = (s_weight == 0) & (h_weight == 0)
+    label = tl.full([], 0, tl.int64)
+    valid = True
+    if LABELS:
+        label = tl.load(labels + row)
+        valid = (label >= 0) & (label < vocab)
+    return s_row, t_row, g_row, low, s_weight, h_weight, skipped, label.to(tl.int32), valid
 
 
 @triton.jit
@@ -61,17 +96,15 @@ def maxima(
 
 
 @triton.jit
-def sums_tile(
-    s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
-    zs, zt, zh, cross,
+def sums_of(
+    s, t, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+    """What one tile adds to the sums; `t` only where there is a divergence."""
     if HARD:
         zh += tl.sum(tl.exp2((s - h_max) * LOG2E), 1)
     if DIVERGENCE != NONE:
-        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
         us = (s - s_max) * s_scale
         ut = (t - t_max) * t_scale
         if PRUNE or RAGGED:
@@ -93,6 +126,23 @@ def sums_tile(
                 term = tl.where(kept, term, 0.0)
             cross += tl.sum(term, 1)
     return zs, zt, zh, cross
+
+
+@triton.jit
+def sums_tile(
+    s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
+    zs, zt, zh, cross,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+    t = s
+    if DIVERGENCE != NONE:
+        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+    return sums_of(
+        s, t, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
+        DIVERGENCE, PRUNE, HARD, BLOCK, LANE, RAGGED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -122,17 +172,15 @@ def sums(
 
 
 @triton.jit
-def second_tile(
-    s_row, t_row, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
+def second_of(
+    s, t, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
     s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
     VALUE: tl.constexpr, GRADIENT: tl.constexpr,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-    RAGGED: tl.constexpr,
+    G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
+    """What one tile adds to the divergence, and its gradient to g_row."""
     if DIVERGENCE != NONE:
-        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
         ds = s - s_max
         dt = t - t_max
         # The logarithm of a sum is subtracted by itself: added to the maximum first, it would be
@@ -183,7 +231,8 @@ def second_tile(
                 soft = q * ((log_q - log_p) * LN2 - divergence)
             if PRUNE or RAGGED:
                 term = tl.where(kept, term, 0.0)
-                soft = tl.where(kept, soft, 0.0)
+                if DIVERGENCE == REVERSE:  # q - p is 0 - 0 there
+                    soft = tl.where(kept, soft, 0.0)
             if VALUE:
                 value0 += tl.sum(term, 1)
                 value1 += tl.sum(remainder, 1)
@@ -205,6 +254,26 @@ def second_tile(
                 gradient += tl.where(hard_factor != 0, hard, 0.0) if CAREFUL else hard
         store_tile(g_row, gradient, start, low, high, G_VECTOR, BLOCK, RAGGED)
     return value0, value1
+
+
+@triton.jit
+def second_tile(
+    s_row, t_row, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
+    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
+    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
+    t = s
+    if DIVERGENCE != NONE:
+        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
+    return second_of(
+        s, t, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse, s_log,
+        t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
+        DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, G_VECTOR, BLOCK, LANE, RAGGED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -235,3 +304,37 @@ def second(
             DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
     return tl.sum(value0, 0), tl.sum(value1, 0)
+
+
+@triton.jit
+def quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE: tl.constexpr):
+    """KL as a difference of sums, and whether that leaves it digits and no logit is infinite."""
+    soft = tl.full([], 0.0, tl.float32)
+    if DIVERGENCE == FORWARD:
+        soft = (cross / zt - (t_log - s_log)) * LN2
+    if DIVERGENCE == REVERSE:
+        soft = (cross / zs - (s_log - t_log)) * LN2
+    return soft, (cross < 1e30) & (soft > 0.01)
+
+
+@triton.jit
+def careful_soft(value0, value1, zs, zt, nans, beta, rest, DIVERGENCE: tl.constexpr):
+    """The soft term, and the divergence that its gradient takes off every class."""
+    soft = value0
+    divergence = value0
+    if DIVERGENCE == MIXTURE:
+        soft = beta * value0 + rest * value1
+        divergence = value1
+    # A NaN, or a side without a finite logit: its maximum is -inf, and -inf - -inf is NaN.
+    if (zs != zs) | (zt != zt) | (nans > 0):
+        soft = tl.full([], float("nan"), tl.float32)
+    return soft, divergence
+
+
+@triton.jit
+def unusable(soft, DIVERGENCE: tl.constexpr):
+    """Whether the gradient of a row with this soft term is NaN."""
+    lost = soft != soft
+    if DIVERGENCE == REVERSE:
+        lost = lost | (soft == float("inf"))
+    return lost

@@ -4,6 +4,7 @@ compares it with the definition in float64 within the bounds of bounds.py.
 
 import itertools
 import os
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Backend:
     instruction_set: int = 0  # of the cpu backend: 0 is the widest this processor has
     label: str = ""
     emulated: bool = False  # a hundred times slower
+    split: bool = False  # rows over several programs of the Triton kernel, however short
 
     @property
     def interpreted(self) -> bool:
@@ -61,6 +63,7 @@ if triton_backend.INTERPRETED and not triton_backend.MISSING:
     import triton_interpreter
 
     triton_interpreter.patch_once()
+    BACKENDS += (Backend("triton", float64=False, label="triton-split", split=True),)
 
 
 def _instruction_sets() -> list[str]:
@@ -95,20 +98,26 @@ def _ready(backend: Backend) -> Backend:
 
 
 @pytest.fixture(params=_parameters(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return _ready(request.param)
+def backend(request: pytest.FixtureRequest):
+    yield from _limited(_ready(request.param))
 
 
 @pytest.fixture(params=_parameters(KERNELS))
 def kernel(request: pytest.FixtureRequest):
     """Every backend, the cpu backend once per instruction set."""
-    backend = _ready(request.param)
-    if backend.instruction_set == 0:
+    yield from _limited(_ready(request.param))
+
+
+def _limited(backend: Backend):
+    if backend.split:
+        with triton_interpreter.taking_turns():
+            yield backend
+    elif backend.instruction_set == 0:
         yield backend
-        return
-    torch.ops.fastkd.cpu_instruction_set(backend.instruction_set)
-    yield backend
-    torch.ops.fastkd.cpu_instruction_set(0)
+    else:
+        torch.ops.fastkd.cpu_instruction_set(backend.instruction_set)
+        yield backend
+        torch.ops.fastkd.cpu_instruction_set(0)
 
 
 @pytest.fixture(params=range(len(INSTRUCTION_SETS)), ids=INSTRUCTION_SETS)
@@ -152,11 +161,14 @@ def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = set()
     for item in items:
         values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
-        if any(isinstance(v, Backend) and v.interpreted for v in values):
-            if torch.float64 in values:  # would be skipped
+        kernels = [v for v in values if isinstance(v, Backend) and v.interpreted]
+        if kernels:
+            pruned = kernels[0].split and re.search("top_k|percentile|prun|select", item.nodeid)
+            if torch.float64 in values or pruned:  # would be skipped; would not be split
                 left_out.add(item)
                 continue
-            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+            name = item.nodeid.split("[")[0] + str(kernels[0])
+            groups.setdefault(name, []).append(item)
     for name, group in groups.items():
         if 0 < count < len(group):
             first = zlib.crc32(name.encode()) % len(group)

@@ -298,7 +298,9 @@ def test_pruned_classes_get_exactly_0_from_the_soft_term_only(kernel):
         assert (soft[~kept] == 0).all() and (soft[kept] != 0).any()
         both = run(kernel, s, t, some_labels(3, 1100), top_k=100, beta=beta, alpha=0.5).gradient
         hard = run(kernel, s, t, some_labels(3, 1100), alpha=0.0).gradient
-        torch.testing.assert_close(both[~kept], 0.5 * hard[~kept], rtol=1e-6, atol=0)
+        # Of a split row, another maximum is subtracted: an exponent of 30 is rounded to 2e-6.
+        rtol = 4e-6 if kernel.split else 1e-6
+        torch.testing.assert_close(both[~kept], 0.5 * hard[~kept], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("beta", BETAS)

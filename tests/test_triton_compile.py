@@ -20,9 +20,8 @@ import triton
 import triton_compile as aot
 from triton_compile import TARGETS, VARIANTS
 
-# Parked outside of the loops: a few scalars of the row.
-TOLERATED_SPILL = 256
-COMMITTED = aot.TABLE.read_text().splitlines()
+# Of this version of Triton, if it is one that CI has.
+COMMITTED = aot.TABLE.read_text().splitlines() if aot.TABLE.exists() else []
 
 
 def compiled(target: str, dtype: torch.dtype, variant: str) -> aot.Report:
@@ -35,7 +34,6 @@ def compiled(target: str, dtype: torch.dtype, variant: str) -> aot.Report:
 @pytest.mark.parametrize(("target", "dtype", "variant"), aot.cases(), ids=str)
 def test_machine_code(target, dtype, variant):
     report = compiled(target, dtype, variant)
-    assert report.spilled <= TOLERATED_SPILL
     assert report.loops
     for loop in report.loops:
         assert loop.spills == 0
@@ -43,11 +41,12 @@ def test_machine_code(target, dtype, variant):
         for loop in report.loops:
             wide(loop, target)
     if target.startswith("sm_"):
-        # Half the registers of a multiprocessor at least are for the threads of one program.
-        assert report.registers <= 128
+        assert report.registers <= 128  # the table of configurations counts on it
         for loop in report.loops:
             assert loop.exponentials == 0 or loop.barriers == 0 or variant == "rows not alike"
-        if variant == "forward":
+        # A counter is read again by every turn of the loop that waits at it.
+        assert ("split" in variant) == any(loop.polls and loop.barriers for loop in report.loops)
+        if variant in ("forward", "split"):
             costs = aot.costs(report, 2 * dtype.itemsize)
             instructions = costs.sums.instructions + costs.quick.instructions
             exponentials = costs.sums.exponentials + costs.quick.exponentials
@@ -58,38 +57,66 @@ def test_machine_code(target, dtype, variant):
 
 
 def no_worse(row: str) -> None:
-    """Than what is committed for this version of Triton, by more than 3 %."""
+    """Than what is committed for this version of Triton, which always compiles to the same."""
     name, figures = row[: aot.NAME], row[aot.NAME :].split()
     (committed,) = (x[aot.NAME :].split() for x in COMMITTED if x.startswith(name))
     assert len(figures) == len(committed)
     for now, then in zip(map(float, figures), map(float, committed), strict=True):
-        assert now <= 1.03 * then + (32 if then == 0 else 0), (row, committed)
+        assert now <= then, (row, committed)
 
 
 def wide(loop: aot.Loop, target: str) -> None:
     """128 bits at a time, at a V that is no multiple of anything; but the ends of a row."""
+    for accesses in (loop.loads, loop.stores):
+        narrow = sum(count for size, count in accesses.items() if size < 16)
+        assert narrow == 0 or accesses[16] > 0
     if target.startswith("sm_"):
-        assert set(loop.loads) <= {16}
-        assert set(loop.stores) <= {2, 4, 16}
-        narrow = sum(count for size, count in loop.stores.items() if size < 16)
-        assert narrow == 0 or loop.stores[16] > 0
-    else:  # the whole kernel: a label's logit is alone
-        assert loop.loads[2] <= 1 and loop.loads[16] >= 8 and loop.stores[16] >= 4
+        assert set(loop.loads) | set(loop.stores) <= {2, 4, 16}
+    else:  # the whole kernel as one loop
+        assert loop.loads[16] >= 8 and loop.stores[16] >= 4
 
 
 def test_one_kernel_for_every_size():
     """Neither a size of 1 nor one divisible by 16 is compiled anew: only what the table tells."""
-    with aot.captured(TARGETS["sm_90"]) as kernels:
-        for N in (1, 2, 16):
-            for V in (20000, 20001, 32768, 131072):
-                aot.launch(N=N, V=V)
-        dense = {kernel.hash for kernel in kernels}
-        kernels.clear()
-        for keep in (1, 2, 16, 333):
-            aot.launch(N=1, V=20000, keep=keep)
-            aot.launch(N=16, V=32768, keep=keep)
-        pruned = {kernel.hash for kernel in kernels}
-    assert len(dense) == 1 and len(pruned) == 1 and dense != pruned
+
+    def kernels_of(*sizes: tuple[int, int], **options) -> set[str]:
+        with aot.captured(TARGETS["sm_90"]) as kernels:
+            for N, V in sizes:
+                aot.launch(N=N, V=V, **options)
+        return {kernel.hash for kernel in kernels}
+
+    dense = kernels_of((1, 20000), (2, 20001), (16, 32768), (67, 30000))
+    split = kernels_of((1, 65537), (2, 131072), (16, 128256), (1, 400000), (64, 262144))
+    pruned = {
+        hash
+        for keep in (1, 2, 16, 333)
+        for hash in kernels_of((1, 20000), (16, 32768), (100, 131072), keep=keep)
+    }
+    assert len(dense) == len(split) == len(pruned) == 1 and len(dense | split | pruned) == 3
+
+
+def test_which_rows_are_split():
+    """Those of which a GPU's cache does not hold as many as are in flight until their second read,
+    into slices of which it does."""
+    launch, cache = aot.triton_launch, 50 << 20
+    h200 = launch.device_of(90, 132, cache, 32)
+
+    def parts(V: int, pair: int = 4, device=h200) -> int:
+        columns = launch.slice_columns(device, V, pair)
+        assert columns == V or columns % (launch.SLICE.threads * launch.COLUMNS) == 0
+        return -(-V // columns)
+
+    for V, pair in ((60000, 4), (128256, 4), (151936, 4), (262144, 4), (151936, 8), (786432, 4)):
+        count = parts(V, pair)
+        assert 1 < count <= launch.PARTS
+        # A slice is a whole number of tiles, so up to one more.
+        assert 2 * 132 * (V / count) * pair < launch.ROWS_SHARE * cache
+    assert parts(57000) == parts(32768) == parts(1) == parts(28000, 8) == 1
+    for V in (10**6, 10**7, 32 * 2048 * 40 - 7, 32 * 2048 * 40 + 1):
+        assert parts(V) <= launch.PARTS
+    mi300 = launch.device_of("gfx942", 304, 4 << 20, 64)
+    assert parts(32768, device=mi300) == 1 and parts(262144, device=mi300) > 1
+    assert parts(32768, device=launch.device_of("gfx90a", 104, 8 << 20, 64)) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -103,15 +130,3 @@ def test_scaling(target, dtype):
     assert loops
     for loop in loops:
         assert loop.loads[16] > 0 and loop.stores[16] > 0
-
-
-@pytest.mark.parametrize("V", [1, 50, 2048, 5000])
-def test_small_vocabularies(V):
-    """The other entries of the table compile as well."""
-    for keep in (None, 1):
-        for target in ("sm_80", "gfx942"):
-            with aot.captured(TARGETS[target]) as kernels:
-                aot.launch(V=V, keep=keep)
-            report = aot.report(kernels[0])
-            assert report.spilled <= TOLERATED_SPILL
-            assert all(loop.spills == 0 for loop in report.loops)

@@ -68,13 +68,17 @@ def captured(target: GPUTarget) -> Iterator[list]:
         return kernel
 
     driver.set_active(_Driver(target))
-    triton_launch._warp_size.cache_clear()
+    device = triton_launch._device
+    found = triton_launch.device_of(target.arch, 132, 50 << 20, target.warp_size)
+    triton_launch._device = lambda _: found
+    triton_launch._plan.cache_clear()
     JITFunction.run = run
     try:
         yield kernels
     finally:
         JITFunction.run, driver._active = launch, active
-        triton_launch._warp_size.cache_clear()
+        triton_launch._device = device
+        triton_launch._plan.cache_clear()
 
 
 @dataclass
@@ -86,6 +90,7 @@ class Loop:
     stores: Counter = field(default_factory=Counter)
     exponentials: int = 0
     barriers: int = 0  # and shuffles
+    polls: int = 0  # of a counter
     spills: int = 0
 
     @property
@@ -206,10 +211,11 @@ def _census(code: list[str]) -> Loop:
         operation = _operation(text)
         name, *modifiers = operation.split(".")
         size = next((WIDTHS[m] for m in modifiers if m in WIDTHS), 4)
-        loop.loads[size] += name == "LDG"
+        loop.loads[size] += name == "LDG" and "STRONG" not in modifiers
         loop.stores[size] += name == "STG"
         loop.exponentials += operation.startswith("MUFU.EX2")
         loop.barriers += name in ("BAR", "SHFL")
+        loop.polls += name in ("LDG", "ATOMG") and "STRONG" in modifiers
         loop.spills += name in ("LDL", "STL")
     loop.loads, loop.stores = +loop.loads, +loop.stores
     return loop
@@ -243,6 +249,7 @@ def _amd(kernel) -> Report:
     )
 
 
+LONG = {"V": 262145}  # rows are split
 VARIANTS: dict[str, dict] = {
     "forward": {},
     "forward, no gradient": {"gradient": False},
@@ -254,11 +261,21 @@ VARIANTS: dict[str, dict] = {
     "hard": {"hard": True, "soft": False},
     "float32 teacher": {"teacher_dtype": torch.float32},
     "rows not alike": {"teacher_pad": 1},
+    "split": LONG,
+    "split, no gradient": {"gradient": False, **LONG},
+    "split + hard": {"hard": True, **LONG},
+    "split reverse": {"beta": 1.0, **LONG},
+    "split mixture": {"beta": 0.3, **LONG},
+    "split hard": {"hard": True, "soft": False, **LONG},
+    "V = 50": {"V": 50},
+    "V = 50, pruned": {"V": 50, "keep": 1},
+    "V = 5003": {"V": 5003},
+    "V = 5003, pruned": {"V": 5003, "keep": 1},
 }
 
 
 def launch(
-    dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 50257, *,
+    dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 20001, *,
     teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, keep: int | None = None,
     beta: float = 0.0, hard: bool = False, soft: bool = True, gradient: bool = True,
 ) -> None:  # fmt: skip
@@ -305,7 +322,7 @@ NAME = 8 + 1 + 9 + 1 + 22  # columns of what a row of the table is about
 def table_row(target: str, dtype: torch.dtype, variant: str, report: Report) -> str:
     row = f"{target:8} {str(dtype)[6:]:9} {variant:22} {report.registers:4} {report.spilled:4} "
     row += f"{report.shared:5} {report.instructions:6}"
-    if target.startswith("sm_") and variant == "forward":
+    if target.startswith("sm_") and variant in ("forward", "split"):
         c = costs(report, 2 * dtype.itemsize)
         row += f"  {c.sums.instructions / c.pairs:5.2f} {c.quick.instructions / c.pairs:5.2f} "
         row += f"{c.careful.instructions / c.pairs:5.2f} "
@@ -319,14 +336,21 @@ def cases() -> list[tuple[str, torch.dtype, str]]:
     for target in TARGETS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             found.append((target, dtype, "forward"))
-        found += [(target, torch.bfloat16, v) for v in ("pruned mixture + hard", "reverse")]
+        found += [
+            (target, torch.bfloat16, v)
+            for v in ("pruned mixture + hard", "reverse", "split + hard")
+        ]
+    found += [("sm_90", dtype, "split") for dtype in (torch.float16, torch.float32)]
+    found += [(target, torch.bfloat16, "split") for target in ("sm_80", "gfx942")]
     return list(dict.fromkeys(found))
 
 
-TABLE = Path(__file__).with_name("triton_table.txt")
-HEADER = f"""# What the Triton kernels compile to at V = 50257: python tests/triton_compile.py
-# Per pair, of KL(p || q): instructions of the first pass, of the second one in ordinary and in
-# careful rows, and exponentials of ordinary rows.
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TABLE = Path(__file__).with_name(f"triton_table_{VERSION}.txt")
+HEADER = f"""# What the Triton kernels compile to: python tests/triton_compile.py
+# Spilled bytes are scalars of the row: none is spilled in a loop. Per pair, of KL(p || q):
+# instructions of the first pass, of the second one in ordinary and in careful rows, and
+# exponentials of ordinary rows.
 # triton {triton.__version__}
 # target  dtype     variant                regs spill shared instr    sums quick careful exp2
 """
