@@ -39,16 +39,12 @@ _SERIAL_SUM = 16384
 
 
 class Term(NamedTuple):
-    """What one term of a row counts in the loss: scale * mix."""
+    """One term of the rows. It stays out of the sum where it has no part in the loss: 0 times an
+    infinite term would be NaN."""
 
-    scale: Tensor | None = (
-        None  # [N] of all terms alike but for T^2; None: the term is not computed
-    )
-    mix: float = 0.0  # at 0 the term stays out of the sum: 0 times an infinite one would be NaN
-
-    def weight(self) -> Tensor | None:
-        """[N], as the kernel takes it."""
-        return self.scale if self.scale is None or self.mix == 1 else self.scale * self.mix
+    weight: Tensor | None = None  # [N] in the loss, as the kernel takes it; None: not computed
+    scale: Tensor | None = None  # [N] of the term when it is returned by itself
+    counts: bool = False  # whether it is part of the loss
 
 
 class SparseTeacher(NamedTuple):
@@ -114,11 +110,11 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     """Launch the kernel and reduce its rows; returns the terms and what `dstudent` is scaled by."""
     inv_temperature = request.student_inv_temperature
     terms = (request.soft, request.hard, request.target)
-    weights = [term.weight() for term in terms]
-    scaled, scale = weights, None
+    scaled = weights = (terms[0].weight, terms[1].weight, terms[2].weight)
+    scale = None
     if dstudent is not None and dstudent.dtype == torch.float16:
         scale = _float16_scale(inv_temperature, *weights, beta=request.beta)
-        scaled = [None if weight is None else weight * scale for weight in weights]
+        scaled = tuple(w if w is None else w * scale for w in weights)  # type: ignore[assignment]
     student_rows = as_rows(student)
     dstudent_rows = None
     if dstudent is not None:
@@ -163,15 +159,16 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
 
     loss = None
     values = (soft, hard, target)
-    for rows, term, weight in zip(values, terms, weights, strict=True):
-        if weight is not None and term.mix != 0:
-            assert rows is not None
+    for i in range(3):
+        if terms[i].counts:
+            rows, weight = values[i], weights[i]
+            assert rows is not None and weight is not None, "what counts was computed"
             loss = rows * weight if loss is None else torch.addcmul(loss, rows, weight)
     assert loss is not None, "no term of the loss was asked for"
     if not request.terms:
         return (reduce(loss), None, None, None), scale
     soft_term, hard_term, target_term = (
-        None if rows is None or term.scale is None else reduce(rows * term.scale)
+        None if term.scale is None else reduce(rows * term.scale)
         for rows, term in zip(values, terms, strict=True)
     )
     return (reduce(loss), soft_term, hard_term, target_term), scale

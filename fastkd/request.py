@@ -77,6 +77,16 @@ def _row_scales(
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
 
 
+NOT_COMPUTED = Term()
+
+
+def _term(scale: Tensor | None, mix: float) -> Term:
+    """`scale` is what a row's term counts before it is mixed with the others."""
+    if scale is None:
+        return NOT_COMPUTED
+    return Term(scale if mix == 1 else scale * mix, scale, mix != 0)
+
+
 def request(
     student_logits: Tensor,
     teacher: Tensor | SparseTeacher,
@@ -144,9 +154,9 @@ def request(
         labels=labels,
         student_inv_temperature=student_inverse,
         teacher_inv_temperature=teacher_inverse,
-        soft=Term(soft_scale if wants_soft else None, soft),
-        hard=Term(hard_scale if wants_hard else None, hard),
-        target=Term() if target is None else Term(soft_scale, target),
+        soft=_term(soft_scale, soft) if wants_soft else NOT_COMPUTED,
+        hard=_term(hard_scale, hard) if wants_hard else NOT_COMPUTED,
+        target=NOT_COMPUTED if target is None else _term(soft_scale, target),
         keep=keep,
         vocab_size=vocab,
         beta=float(beta),
