@@ -233,6 +233,7 @@ def update_readme(readme: Path, names: Sequence[str], folder: Path) -> None:
         if not path.exists():
             continue
         experiment, results = read(path)
+        plot(experiment, path.with_suffix(".png"))
         commit, versions, settings = (results[k] for k in ("commit", "versions", "settings"))
         source = f" at {commit['id'][:9]}{' (modified)' if commit['dirty'] else ''}"
         image = os.path.relpath(path.with_suffix(".png"), readme.parent)
