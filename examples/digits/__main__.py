@@ -4,7 +4,8 @@ python -m examples.digits                     # all experiments
 python -m examples.digits teacher_student     # one of them
 
 Each trains its networks for every seed, prints a table of means and standard errors, and writes
-NAME.json and NAME.png; with --update-readme the tables go into README.md beside this file as well.
+NAME.json and NAME.png. --update-readme puts the tables of all saved results into README.md beside
+this file, and draws the plots anew; without a NAME it runs nothing.
 """
 
 import argparse
@@ -51,9 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=at_least(2), default=Settings.seeds, help="splits, weights")
     parser.add_argument("--epochs", type=at_least(1), default=Settings.epochs, help="of a student")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results are saved")
-    parser.add_argument("--update-readme", action="store_true", help="the tables, from all results")
+    parser.add_argument(
+        "--update-readme", action="store_true", help="tables and plots, from all results"
+    )
     args = parser.parse_args(arguments)
-    names = args.names or ["all"]
+    names = args.names or ([] if args.update_readme else ["all"])
     if unknown := [name for name in names if name not in (*EXPERIMENTS, "all")]:
         parser.error(f"no experiment {', '.join(unknown)}: {', '.join(EXPERIMENTS)} or all")
     if "all" in names:

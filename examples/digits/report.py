@@ -15,7 +15,7 @@ from typing import Any
 import sklearn
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 import fastkd
@@ -148,6 +148,8 @@ def plot(experiment: Experiment, path: Path) -> None:
         if experiment.x_scale == "log":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=8)
     else:
         rows = experiment.rows[::-1]
@@ -233,6 +235,7 @@ def update_readme(readme: Path, names: Sequence[str], folder: Path) -> None:
         if not path.exists():
             continue
         experiment, results = read(path)
+        plot(experiment, path.with_suffix(".png"))
         commit, versions, settings = (results[k] for k in ("commit", "versions", "settings"))
         source = f" at {commit['id'][:9]}{' (modified)' if commit['dirty'] else ''}"
         image = os.path.relpath(path.with_suffix(".png"), readme.parent)
