@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 sys.path.append(str(Path(__file__).parent.parent))
 
-import fastkd
 from examples.digits import __main__ as command
 from examples.digits import data, report, specialists, staged_pruning, training
 
