@@ -140,7 +140,7 @@ def markdown(results: Results) -> str:
             f"{results['date'][:10]}; {results['seconds'] / 60:.1f} minutes in all.",
             table(results),
             agreement(results),
-            f"![Loss curves of the three students]({PLOT})",
+            f"![Loss curves of the students]({PLOT})",
         ]
     )
 
@@ -152,10 +152,11 @@ def plot(results: Results, path: Path) -> None:
         {"color": "0.45", "linewidth": 1.5},
         {"color": "#ffb870", "linewidth": 6},
         {"color": "#1f4e9c", "linewidth": 1.8, "linestyle": (0, (3, 2))},
+        {"color": "#2a8a57", "linewidth": 1.5},  # of a sparse teacher, if there is one
     ]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for run, style in zip(students, styles, strict=True):
+    for run, style in zip(students, styles[: len(students)], strict=True):
         for axes, curve in ((left, run["training"]), (right, run["validation"])):
             axes.plot(*zip(*curve, strict=True), label=run["name"], **style)
     final = teacher["validation"][-1][1]
