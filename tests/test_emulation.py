@@ -69,7 +69,7 @@ FAULTS = {
     "a CTA sends into another one's place": (
         CLUSTERS,
         "exchange.h",
-        "inbox[buffer][rank_]",
+        "inbox[buffer][rank()]",
         "inbox[buffer][to]",
     ),
     "nobody waits for what the other CTAs send": (

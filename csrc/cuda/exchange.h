@@ -39,15 +39,14 @@ class Cluster {
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
+    int row;
   };
 
 #ifdef FASTKD_CLUSTERS
   __device__ Cluster(Shared& shared, const KdRows&, const Plan& plan, unsigned*)
-      : shared_(shared),
-        size_(plan.parts),
-        rank_(static_cast<int>(cluster_rank())),
-        row_(static_cast<int>(blockIdx.x / static_cast<unsigned>(size_))) {
-    if (size_ == 1) return;
+      : shared_(shared), plan_(plan) {
+    if (threadIdx.x == 0) shared_.row = static_cast<int>(blockIdx.x) / size();
+    if (size() == 1) return;
     if (threadIdx.x == 0) {
       mbarrier_init(&shared_.barrier[0], 1);
       mbarrier_init(&shared_.barrier[1], 1);
@@ -57,10 +56,10 @@ class Cluster {
   }
   // Before the first exchange: by then the row is on its way and the other CTAs have begun.
   __device__ void ready() {
-    if (size_ > 1) cluster_wait();
+    if (size() > 1) cluster_wait();
   }
   __device__ void barrier() {
-    if (size_ > 1) {
+    if (size() > 1) {
       cluster_sync();
     } else {
       __syncthreads();
@@ -68,10 +67,10 @@ class Cluster {
   }
   __device__ void send(const Sums& sums) {
     const int buffer = count_ & 1;
-    if (lane() == 0) mbarrier_arrive_expect(&shared_.barrier[buffer], size_ * sizeof(Sums));
-    for (int i = lane(); i < size_ * kSumsVectors; i += kLanes) {
+    if (lane() == 0) mbarrier_arrive_expect(&shared_.barrier[buffer], size() * sizeof(Sums));
+    for (int i = lane(); i < size() * kSumsVectors; i += kLanes) {
       const int to = i / kSumsVectors, word = i % kSumsVectors;
-      store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank_]) + word,
+      store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank()]) + word,
                   vector_of(sums, word), &shared_.barrier[buffer], static_cast<unsigned>(to));
     }
   }
@@ -92,13 +91,14 @@ class Cluster {
 
   __device__ void end() {}
   __device__ void advance() { ++count_; }
-  __device__ int rank() const { return rank_; }
-  __device__ int size() const { return size_; }
-  __device__ int row() const { return row_; }
+  // Nothing of these is kept: the registers are needed for the row.
+  __device__ int rank() const { return static_cast<int>(cluster_rank()); }
+  __device__ int size() const { return plan_.parts; }
+  __device__ int row() const { return fresh(shared_.row); }
 
  private:
   Shared& shared_;
-  const int size_, rank_, row_;
+  const Plan& plan_;
   int count_ = 0;
 };
 

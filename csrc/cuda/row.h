@@ -16,8 +16,9 @@ struct RowArguments {
   int label;       // -1: no class
   bool has_soft, has_hard;
   bool pruned;
-  bool shares;    // the hard term uses the soft term's exponentials
-  bool own_hard;  // the hard term has exponentials of its own
+  // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
+  // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
+  int power;
 };
 
 // Where part `rank` of `size` begins.
@@ -34,7 +35,7 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   const int vocab = static_cast<int>(call.vocab_size);
   RowArguments a;
   a.student = View(call.student, row, vocab, split);
-  a.teacher = View(call.teacher, row, vocab, split);
+  a.teacher = View(call.teacher, row, call.soft_weight != nullptr ? vocab : 0, split);
   a.dstudent = View(call.dstudent, row, vocab, split);
   a.soft_weight = vector(call.soft_weight);
   a.hard_weight = vector(call.hard_weight);
@@ -50,9 +51,10 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.has_soft = call.soft_weight != nullptr;
   a.has_hard = call.hard_weight != nullptr;
   a.pruned = a.has_soft && call.keep < call.vocab_size;
-  // The hard term's exponentials are the student's own at T = 1 over all classes.
-  a.shares = a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1;
-  a.own_hard = a.has_hard && !a.shares;
+  a.power = 0;
+  for (int power = 1; power <= 4; ++power) {
+    if (a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1.0f / power) a.power = power;
+  }
   return a;
 }
 
@@ -84,8 +86,7 @@ class Row {
   __device__ bool has_soft() const { return fresh(a.has_soft); }
   __device__ bool has_hard() const { return fresh(a.has_hard); }
   __device__ bool pruned() const { return fresh(a.pruned); }
-  __device__ bool shares() const { return fresh(a.shares); }
-  __device__ bool own_hard() const { return fresh(a.own_hard); }
+  __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
   __device__ View teacher() const { return View::again(a.teacher); }
   __device__ View dstudent() const { return View::again(a.dstudent); }
@@ -138,10 +139,10 @@ class Row {
     if (lane() == 0) shared.warps[warp()] = warp_sums;
     __syncthreads();
     if (warp() == 0) {
-      combine(shared.warps, warps(), shared.total);
+      combine(shared.warps, warps(), shared.total, power());
       if (exchange.size() > 1) {
         exchange.send(shared.total);
-        combine(exchange.parts(), exchange.size(), shared.total);
+        combine(exchange.parts(), exchange.size(), shared.total, power());
       }
       if (lane() == 0) finish(shared.total);
     }
@@ -150,10 +151,10 @@ class Row {
     return shared.total;
   }
 
-  // -log softmax(student)[label], from a sum of 2^(logit scale - frame).
-  __device__ float hard_term(float sum, float frame, float scale, float logit) const {
+  // -log softmax(student)[label], from a sum of 2^(logit scale - frame) to the power.
+  __device__ float hard_term(float sum, float frame, float scale, float logit, int power) const {
     if (!(sum > 0)) return kNaN;
-    return logf(sum) - fmaf(logit, scale, -frame) * kLn2;
+    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -frame) * kLn2;
   }
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.

@@ -135,6 +135,10 @@ T __shfl_xor_sync(unsigned, T value, int mask, emulation::Site site = emulation:
   return emulation::exchange(value, [=](unsigned lane) { return lane ^ mask; }, site);
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int lane, emulation::Site site = emulation::Site::current()) {
+  return emulation::exchange(value, [=](unsigned) { return unsigned(lane); }, site);
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned distance,
                  emulation::Site site = emulation::Site::current()) {
   const auto from = [=](unsigned lane) { return lane >= distance ? lane - distance : lane; };
@@ -191,15 +195,20 @@ inline float exp2_approx(float x) {
   return x == std::floor(x) ? y : emulation::approximate(y, x);
 }
 inline float log2_approx(float x) { return emulation::approximate(std::log2(x), x); }
+inline float unknown(float x) { return x; }
 uint32_t pack_bfloat16(float low, float high);
 uint32_t pack_half(float low, float high);
 float2 unpack_half(uint32_t word);
 
-inline uint4 load_streaming(const void* address) {
+inline uint4 load_streaming(const void* address, bool wanted = true) {
+  if (!wanted) return {};
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("misaligned load");
   uint4 v;
   std::memcpy(&v, address, 16);
   return v;
+}
+inline uint4 load_cached(const void* address, bool wanted = true) {
+  return load_streaming(address, wanted);
 }
 inline void store_streaming(void* address, uint4 v) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("misaligned store");
