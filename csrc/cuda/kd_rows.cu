@@ -69,14 +69,6 @@ auto kernel_of(const KdRows& call) {
                           : kd_rows_kernel<Exchange, Mode::kMixture>;
 }
 
-// What the plan asks about a GPU, once for each.
-struct Device {
-  const char* error = nullptr;
-  int vectors = 0;  // in the registers of a thread of a cluster
-  int cluster = 0;  // the largest cluster, 0: none
-  int places = 0;   // CTAs of the ticket kernels that run at one time
-};
-
 constexpr int kDevices = 64;
 std::mutex mutex;
 Device devices[kDevices];
@@ -125,18 +117,19 @@ Device ask(int device) {
     const auto clusters = kernel_of<Cluster>(call);
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (major >= 9 && error == cudaSuccess) {
-    for (answer.cluster = kMaxCluster; answer.cluster > 1; answer.cluster /= 2) {
+  for (const int threads : {kThreads, kMaxThreads}) {
+    for (int parts = 1; major >= 9 && error == cudaSuccess && parts <= kMaxCluster; ++parts) {
       Plan plan;
       plan.cluster = true;
-      plan.parts = answer.cluster;
-      plan.threads = kMaxThreads;
+      plan.parts = parts;
+      plan.threads = threads;
       cudaLaunchAttribute attribute;
       const auto config = shape<Cluster>(plan, 1, &attribute);
-      int active = 0;
+      int& active = answer.active[threads == kMaxThreads][parts];
       const cudaError_t refused =
           cudaOccupancyMaxActiveClusters(&active, kernel_of<Cluster>(call), &config);
-      if (refused == cudaSuccess && active > 0) break;
+      if (refused == cudaSuccess) continue;
+      active = 0;  // more CTAs than a cluster of this GPU can have
       cudaGetLastError();
     }
   }
@@ -170,38 +163,10 @@ TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
 
 void set_limits(const Limits& wanted) { limits = wanted; }
 
-// Registers hold up to 32 columns a thread of both rows: 8192 for a CTA of 256 threads, of which
-// two run on a multiprocessor and hide each other's waits. A row gets as few such CTAs as hold it,
-// in a cluster where one is large enough, else in a cluster of CTAs twice as large, else by
-// tickets. Where even the GPU has too few places for those, slices are read again.
 Plan plan(const KdRows& call) {
-  const Device device = ask_once();
-  Plan plan;
-  plan.error = device.error;
-  const int64_t steps = (call.vocab_size + kStep - 1) / kStep;
-  int64_t parts = 0;
-  const auto use = [&](int threads, int vectors) {
-    plan.threads = std::min(limits.threads, threads);
-    const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * vectors);
-    parts = (steps + capacity - 1) / capacity;
-  };
-  const int cluster = std::min(device.cluster, limits.cluster);
-  use(kThreads, device.vectors);
-  if (parts > cluster && cluster > 0) use(kMaxThreads, device.vectors);
-  plan.cluster = parts <= cluster || limits.tickets == 0;
-  if (plan.cluster) {
-    parts = std::min<int64_t>(parts, cluster);
-  } else {
-    use(kThreads, kTicketVectors);
-    parts = std::min<int64_t>({parts, device.places, limits.tickets});
-    plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
-  }
-  plan.parts = static_cast<int>(parts);
-  // No more warps than a short slice has steps; a power of two, which select.h counts on.
-  while (plan.threads / 2 >= kLanes && plan.threads / 2 / kLanes * parts >= steps) {
-    plan.threads /= 2;
-  }
-  return plan;
+  const auto bytes =
+      static_cast<int>(2 * call.student.element_bytes() + call.teacher.element_bytes());
+  return choose(call.N, call.vocab_size, bytes, ask_once(), limits);
 }
 
 size_t workspace_bytes(const KdRows& call) {

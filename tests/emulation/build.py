@@ -119,6 +119,7 @@ def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
     """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
     flags = [*_flags(), "-O1"]
     kernels = KERNELS[:1] if name == "driver" else ()
+    emulation = () if name == "plan" else EMULATION
 
     def build(folder: Path) -> Path:
         copy = folder / "csrc"
@@ -129,7 +130,7 @@ def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
             assert source.count(text) == 1, f"{fault[0]} has {source.count(text)} times: {text}"
             path.write_text(source.replace(text, instead))
         sources = [copy / "cuda" / kernel.name for kernel in kernels]
-        sources += [*EMULATION, HERE / f"{name}.cpp"]
+        sources += [*emulation, HERE / f"{name}.cpp"]
         _link(folder, sources, flags)
         return folder / "output"
 
