@@ -21,12 +21,27 @@ constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxTickets = 171;  // 2^20 classes in slices of 6144
 
+// Whether clusters are persistent where there are more rows than run at one time: each has a row
+// after another, and the next one's slices on their way into shared memory by bulk copies. The
+// results are the same bits. Off until it has been measured, and then not in the kernels at all:
+// what a loop over rows keeps takes registers from the row. With FASTKD_PERSISTENT=1 the forward
+// kernel has 128 and spills none for sm_90, 76 bytes a thread for sm_100. The emulation always has
+// it.
+#ifndef FASTKD_PERSISTENT
+#define FASTKD_PERSISTENT 0
+#endif
+constexpr bool kPersistent = FASTKD_PERSISTENT;
+
 struct Plan {
   const char* error = nullptr;
   bool cluster = false;  // a row's CTAs form a cluster; else they meet in global memory, by tickets
   int parts = 1;         // CTAs of a row
   int threads = kThreads;  // of a CTA
   int slots = 0;           // tickets: rows that have buffers in global memory at one time
+  // Persistent clusters:
+  int clusters = 0;     // 0: one for each row
+  int stage = 0;        // bytes of a slice
+  int stage_begin = 0;  // in shared memory
 };
 
 // What the plan asks about a GPU.
@@ -36,6 +51,7 @@ struct Device {
   int places = 0;                 // CTAs of the ticket kernels that run at one time
   // Clusters that run at one time, by their CTAs, of kThreads and of kMaxThreads; 0: none can.
   int active[2][kMaxCluster + 1] = {};
+  int stage_bytes = 0;  // of shared memory that a CTA can have for stages
 };
 
 // What a call may use, for tests that want several CTAs, or slices beyond the registers, at a few
@@ -44,7 +60,8 @@ struct Limits {
   int cluster = kMaxCluster;  // CTAs; 0: no clusters
   int tickets = kMaxTickets;  // CTAs of a row without a cluster; 0: always clusters
   int threads = kMaxThreads;
-  int steps = 1 << 10;  // of a slice: 256 columns each
+  int steps = 1 << 10;                         // of a slice: 256 columns each
+  int persistent = kPersistent ? 1 << 30 : 0;  // clusters, of those that are persistent
 };
 void set_limits(const Limits& limits);
 
@@ -117,6 +134,13 @@ inline Plan choose(int64_t N, int64_t vocab_size, int pair_bytes, const Device& 
   // No more warps than a short slice has steps; a power of two, which select.h counts on.
   while (plan.threads / 2 >= 32 && int64_t{plan.threads / 2 / 32} * plan.parts >= steps) {
     plan.threads /= 2;
+  }
+  const int64_t clusters = std::min<int64_t>(best_active, limits.persistent);
+  const int64_t longest = (steps + plan.parts - 1) / plan.parts;
+  const int64_t stage = longest * kColumns * 4 + 16;  // float32, and what misalignment adds
+  if (best_active > 0 && clusters > 0 && N > clusters && 2 * stage <= device.stage_bytes) {
+    plan.clusters = static_cast<int>(clusters);
+    plan.stage = static_cast<int>(stage);
   }
   return plan;
 }

@@ -36,28 +36,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kExists) {
     auto& shared = shared_memory<Shared<Exchange>>();
     Exchange exchange(shared.exchange, call, plan, workspace);
-    if (threadIdx.x == 0) {
-      shared.row.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
-    }
-    __syncthreads();
+    exchange.start();
     Row<Exchange> row(call, exchange, shared.row);
-    if (row.is_skipped()) {
-      exchange.ready();
-      row.write_terms(0, 0);
-      row.fill_gradient(0);
-    } else if (row.label() < 0) {
-      exchange.ready();
-      row.write_terms(kNaN, kNaN);
-      row.fill_gradient(kNaN);
-    } else {
-      bool done = false;
-      if (row.longest() <= warps() * Exchange::kVectors) {
-        done = Registers<Exchange, kMode>(row).run();
-      } else {
+    row.start();
+    do {
+      if (row.is_skipped()) {
         exchange.ready();
+        row.write_terms(0, 0);
+        row.fill_gradient(0);
+      } else if (row.label() < 0) {
+        exchange.ready();
+        row.write_terms(kNaN, kNaN);
+        row.fill_gradient(kNaN);
+      } else {
+        bool done = false;
+        if (row.longest() <= warps() * Exchange::kVectors) {
+          done = Registers<Exchange, kMode>(row).run();
+        } else {
+          exchange.ready();
+        }
+        if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
       }
-      if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
-    }
+    } while (row.next());
     exchange.end();
   }
 }
@@ -82,9 +82,10 @@ const char* text(cudaError_t error) {
 template <class Exchange>
 cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* cluster) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(N * plan.parts));
+  config.gridDim =
+      dim3(static_cast<unsigned>((plan.clusters > 0 ? plan.clusters : N) * plan.parts));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = sizeof(Shared<Exchange>);
+  config.dynamicSmemBytes = sizeof(Shared<Exchange>) + 2 * static_cast<size_t>(plan.stage);
   if (plan.cluster) {
     cluster->id = cudaLaunchAttributeClusterDimension;
     cluster->val.clusterDim.x = static_cast<unsigned>(plan.parts);
@@ -97,10 +98,13 @@ cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* clust
 
 Device ask(int device) {
   Device answer;
-  int major = 0, processors = 0, places = 0;
+  int major = 0, processors = 0, places = 0, shared = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   answer.vectors = cluster_vectors(major);
   KdRows call;
@@ -116,7 +120,11 @@ Device ask(int device) {
     if (major < 9 || error != cudaSuccess) continue;
     const auto clusters = kernel_of<Cluster>(call);
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(clusters, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    }
   }
+  answer.stage_bytes = shared - static_cast<int>(sizeof(Shared<Cluster>));
   for (const int threads : {kThreads, kMaxThreads}) {
     for (int parts = 1; major >= 9 && error == cudaSuccess && parts <= kMaxCluster; ++parts) {
       Plan plan;
@@ -166,7 +174,9 @@ void set_limits(const Limits& wanted) { limits = wanted; }
 Plan plan(const KdRows& call) {
   const auto bytes =
       static_cast<int>(2 * call.student.element_bytes() + call.teacher.element_bytes());
-  return choose(call.N, call.vocab_size, bytes, ask_once(), limits);
+  Plan plan = choose(call.N, call.vocab_size, bytes, ask_once(), limits);
+  plan.stage_begin = sizeof(Shared<Cluster>);
+  return plan;
 }
 
 size_t workspace_bytes(const KdRows& call) {
@@ -178,6 +188,10 @@ size_t workspace_bytes(const KdRows& call) {
 const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
   if (call.is_double) return "the CUDA kernels do not take float64 logits";
   if (call.N == 0) return nullptr;
+  // Columns are int, and steps round them up.
+  if (std::max({call.student.width, call.teacher.width, call.dstudent.width}) >= 1 << 30) {
+    return "rows of 2^30 classes and more are not supported";
+  }
   const Plan layout = plan(call);
   if (layout.error != nullptr) return layout.error;
   if (call.N * layout.parts >= int64_t{1} << 31) return "more rows than one launch can have";

@@ -72,6 +72,8 @@ class Registers {
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
   static constexpr int kVectors = Exchange::kVectors;
+  template <Source kSource>
+  using Is = std::integral_constant<Source, kSource>;
 
   __device__ bool own_hard() const { return row_.has_hard() && row_.power() == 0; }
   __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }
@@ -120,36 +122,59 @@ class Registers {
 
   // All loads are under way before the first is waited for.
   __device__ __forceinline__ void load() {
-    Packed student[kVectors], teacher[kVectors];
-    const bool has_soft = row_.has_soft();
-    const View from = row_.student(), of_teacher = row_.teacher();
-    const auto load_all = [&](auto aligned) {  // a teacher that is not asked for has no columns
-      constexpr bool kAligned = decltype(aligned)::value;
+    Packed student[kVectors] = {}, teacher[kVectors] = {};
+    // A teacher that is not asked for has no columns.
+    const auto load_all = [&](auto source, const View& from, const View& of_teacher) {
+      constexpr Source kSource = decltype(source)::value;
       const int first = step(0), end = row_.end();
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int step = first + i * warps();
-        student[i].first = load_inside<kAligned>(from, from.first(step), step < end);
-        teacher[i].first = load_inside<kAligned>(of_teacher, of_teacher.first(step), step < end);
+        student[i].first = load_inside<kSource>(from, from.first(step), step < end);
+        teacher[i].first = load_inside<kSource>(of_teacher, of_teacher.first(step), step < end);
       }
-      // Of float: the two blocks around every vector of both would be more than the registers hold.
-      if (!from.is_float() && !of_teacher.is_float()) return;
+      // One tensor after the other: the two blocks around every vector of both are more than the
+      // registers hold.
+      const auto load_second = [&](const View& view, Packed(&packed)[kVectors]) {
+        if (!view.is_float()) return;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int step = first + i * warps();
-        student[i].second =
-            load_inside<kAligned>(from, from.second(step), from.is_float() & (step < end));
-        teacher[i].second = load_inside<kAligned>(of_teacher, of_teacher.second(step),
-                                                  of_teacher.is_float() & (step < end));
-      }
+        for (int i = 0; i < kVectors; ++i) {
+          const int step = first + i * warps();
+          packed[i].second = load_inside<kSource>(view, view.second(step), step < end);
+        }
+      };
+      load_second(from, student);
+      load_second(of_teacher, teacher);
     };
-    if (from.misaligned() == 0 && (!has_soft || of_teacher.misaligned() == 0)) {
-      load_all(std::true_type());
+    const auto is_aligned = [&] {
+      return row_.student().misaligned() == 0 &&
+             (!row_.has_soft() || row_.teacher().misaligned() == 0);
+    };
+    bool staged = false;
+    if constexpr (Exchange::kSeveralRows) {
+      const int next = row_.exchange.next_row();
+      if (next >= 0 && threadIdx.x == 0) row_.look_ahead(next);
+      staged = row_.is_staged();
+    }
+    if (staged) {
+      if constexpr (Exchange::kSeveralRows) {
+        load_all(Is<Source::kStaged>(), row_.staged(row_.student(), 0),
+                 row_.staged(row_.teacher(), 1));
+      }
+    } else if (is_aligned()) {
+      load_all(Is<Source::kAligned>(), row_.student(), row_.teacher());
     } else {
-      load_all(std::false_type());
+      load_all(Is<Source::kShifted>(), row_.student(), row_.teacher());
+    }
+    if constexpr (Exchange::kSeveralRows) {
+      if (row_.exchange.next_row() >= 0) {
+        __syncthreads();  // all of the stage has been read
+        if (threadIdx.x == 0) row_.fetch();
+      }
     }
     const int last = this->last();
-    if (!is_whole(from, step(0), last) || (has_soft && !is_whole(of_teacher, step(0), last))) {
+    if (!is_whole(row_.student(), step(0), last) ||
+        (row_.has_soft() && !is_whole(row_.teacher(), step(0), last))) {
       each_in_turn(
           [&](int i) {
             patch(row_.student(), step(i), student[0]);
@@ -162,13 +187,16 @@ class Registers {
     }
     row_.exchange.ready();
     unpack_all(row_.student().dtype, student, student_);
-    if (row_.has_soft()) unpack_all(row_.teacher().dtype, teacher, teacher_);
+    unpack_all(row_.teacher().dtype, teacher, teacher_);
   }
 
   __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
                                              float (&values)[kVectors][kPerLane]) {
+    // Also what is beyond the slice: else, in a loop over rows, it would be kept from one to the
+    // next.
     const auto all = [&](DType dtype) {
-      each([&](int i) { unpack(dtype, packed[i], values[i]); });
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) unpack(dtype, packed[i], values[i]);
     };
     dtype == DType::kFloat      ? all(DType::kFloat)
     : dtype == DType::kBFloat16 ? all(DType::kBFloat16)
@@ -355,9 +383,10 @@ class Registers {
     }
   }
 
-  // Of the soft term, and what the hard term shares of it.
+  // Of the soft term, and of a hard term that shares its exponentials.
   __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
-                                                float* gradient) const {
+                                                float hard, float* gradient) const {
+    if (!row_.has_soft()) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if constexpr (kMode == Mode::kForward) {
@@ -366,47 +395,54 @@ class Registers {
         gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
       }
     }
+    const int power = row_.power();
+    if (power < 2 || row_.hard_weight() == 0) return;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = kMode == Mode::kMixture ? student[j] * from_q_ : student[j];
+      gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
+    }
+  }
+  // Of a hard term with exponentials of its own. Their logits are in L2 since a moment ago; no
+  // other thread has written over them.
+  __device__ __forceinline__ void add_hard(int step, float hard, float* gradient) const {
+    float logits[kPerLane];
+    unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = exp2_approx(fmaf(logits[j], kLog2E, -used(sums_.hard_frame)));
+      gradient[j] = fmaf(e, hard, gradient[j]);
+    }
   }
 
   __device__ __forceinline__ void write_gradient(float hard) {
-    const bool own_hard = this->own_hard() && row_.hard_weight() != 0;
-    const int power = row_.hard_weight() != 0 ? row_.power() : 0;
-    const float frame = used(sums_.hard_frame);
-    const View dstudent = row_.dstudent();
     const auto pack_gradient = [&](int step, const float* student, const float* teacher) {
       float gradient[kPerLane] = {};
-      if (row_.has_soft()) find_gradient(student, teacher, gradient);
-      if (power > 1) {
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          const float e = kMode == Mode::kMixture ? student[j] * from_q_ : student[j];
-          gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
-        }
-      }
-      if (own_hard) {
-        // Their logits are in L2 since a moment ago; no other thread has written over them.
-        float logits[kPerLane];
-        unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          const float e = exp2_approx(fmaf(logits[j], kLog2E, -frame));
-          gradient[j] = fmaf(e, hard, gradient[j]);
-        }
-      }
+      find_gradient(student, teacher, hard, gradient);
       row_.add_label(step, gradient);
-      return pack(dstudent.dtype, gradient);
+      return pack(row_.dstudent().dtype, gradient);
     };
-    const int first = step(0);
-    each([&](int i) {
-      const int step = first + i * warps();
-      if (is_ragged(dstudent, step)) return;
-      store_whole(dstudent, step, pack_gradient(step, student_[i], teacher_[i]));
-    });
-    if (!is_ragged(dstudent, last())) return;
+    const bool reads_again = own_hard() && row_.hard_weight() != 0;
+    const int first = step(0), end = row_.end();
+    if (!reads_again) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int step = first + i * warps();
+        const View dstudent = row_.dstudent();
+        if (step >= end || is_ragged(dstudent, step)) continue;
+        store_whole(dstudent, step, pack_gradient(step, student_[i], teacher_[i]));
+      }
+      if (!is_ragged(row_.dstudent(), last())) return;
+    }
     each_in_turn(
         [&](int i) {
-          if (!is_ragged(dstudent, step(i))) return;
-          store_ragged(dstudent, step(i), pack_gradient(step(i), student_[0], teacher_[0]));
+          const View dstudent = row_.dstudent();
+          if (!reads_again && !is_ragged(dstudent, step(i))) return;
+          float gradient[kPerLane] = {};
+          find_gradient(student_[0], teacher_[0], hard, gradient);
+          if (reads_again) add_hard(step(i), hard, gradient);
+          row_.add_label(step(i), gradient);
+          store_packed(dstudent, step(i), pack(dstudent.dtype, gradient));
         },
         [&] {
           rotate(student_);

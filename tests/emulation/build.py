@@ -22,10 +22,11 @@ from fastkd import ops
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 KERNELS = (ROOT / "csrc" / "cuda" / "kd_rows.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
-EMULATION = (HERE / "cuda_emulation.cpp", HERE / "conversions.cpp")
+EMULATION = tuple(HERE / f"{name}.cpp" for name in ("cuda_emulation", "scheduler", "conversions"))
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DFASTKD_PERSISTENT=1",
     # Contraction to fma as nvcc has it, and what fma takes on this processor.
     *("-ffp-contract=fast", *(["-march=native"] if platform.machine() == "x86_64" else [])),
 ]
