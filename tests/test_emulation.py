@@ -15,7 +15,7 @@ CLUSTERS, TICKETS, ONE_PERSISTENT, TWO_PERSISTENT = LAYOUTS = "0", "1", "2", "3"
 
 
 def output(program, *arguments: str) -> str:
-    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
     return result.stdout if result.returncode == 0 else f"ended by {result.returncode}"
 
 
