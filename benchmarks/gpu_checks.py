@@ -21,7 +21,8 @@ from torch import Tensor
 import fastkd
 
 from .cases import Case, Logits
-from .gpu_timing import UNFINISHED, poison
+from .gpu import UNFINISHED, arguments, captured
+from .gpu_timing import poison
 from .measure import relative_error
 
 # One to sixteen CTAs in a row, slices that fit into registers and slices that do not, edges that
@@ -113,18 +114,11 @@ def graph(variant: Variant) -> str:
     def call() -> Bits:
         return variant.run(variant.backend, student, teacher)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        outputs = call()
+    replayed, outputs = captured(call)
     for step in range(2):
         student.copy_(torch.roll(variant.logits.student().detach(), step, -1))
         expected = [x.clone() for x in call()]
-        captured.replay()
+        replayed.replay()
         if not all(same(a, b) for a, b in zip(outputs, expected, strict=True)):
             return f"replay {step} differs from the call"
     return ""
@@ -149,25 +143,21 @@ def every_variant(check: str, backend: str) -> Iterator[Variant]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="every kernel variant on a GPU")
     parser.add_argument("check", choices=CHECKS)
-    parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin none after so many")
-    arguments = parser.parse_args()
-    if reasons := fastkd.backends()[arguments.backend]:
-        sys.exit("; ".join(reasons))
+    given = arguments(parser, seconds=1e9)
     begin = time.monotonic()
     count = failed = 0
     unfinished = False
-    for variant in every_variant(arguments.check, arguments.backend):
-        if time.monotonic() - begin > arguments.seconds:
+    for variant in every_variant(given.check, given.backend):
+        if time.monotonic() - begin > given.seconds:
             unfinished = True
             break
-        problem = CHECKS[arguments.check](variant)
+        problem = CHECKS[given.check](variant)
         count += 1
         if problem:
             failed += 1
             print(f"{variant.name}: {problem}", flush=True)
     seconds = time.monotonic() - begin
-    print(f"{arguments.check}: {failed} of {count} variants failed ({seconds:.0f} s)")
+    print(f"{given.check}: {failed} of {count} variants failed ({seconds:.0f} s)")
     if unfinished:
         print("there was no time for the others")
     return 1 if failed else UNFINISHED if unfinished else 0

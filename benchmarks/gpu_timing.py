@@ -27,6 +27,7 @@ from fastkd.ops import choose_backend
 
 from .cases import OPTIONS, PRUNING, Case, Logits
 from .environment import environment, gpu
+from .gpu import UNFINISHED, arguments
 from .measure import Step, gradient, relative_error, rounded, summary
 from .providers import PROVIDERS, Loss
 from .report import Budget, Record, has, label, ratio, table
@@ -38,7 +39,6 @@ TENSORS = 5  # of N x V that must fit: both logits, the buffer, a gradient, a co
 CHECKED = 16  # rows at either end whose gradient is compared with the definition
 # Relative L2 error of the gradient: rounding, and what another loss would exceed by far.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
-UNFINISHED = 75
 
 
 @dataclass(frozen=True)
@@ -265,23 +265,19 @@ def earlier(path: Path, now: dict[str, Any]) -> list[Record]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="time fastkd on a GPU")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=400.0, help="begin no case after so many")
-    arguments = parser.parse_args()
-    if reasons := fastkd.backends()[arguments.backend]:
-        sys.exit("; ".join(reasons))
-    chosen = settings(arguments.backend)
+    given = arguments(parser, seconds=400)
+    chosen = settings(given.backend)
     results = environment("bash benchmarks/on_gpu.sh OUT timing") | {
         "gpu": gpu(torch.device("cuda", 0)) if chosen.device == "cuda" else None,
         "settings": asdict(chosen) | {"vocabularies": list(chosen.vocabularies)},
     }
-    path = arguments.out / f"timing-{arguments.backend}.json"
+    path = given.out / f"timing-{given.backend}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results["loss"] = earlier(path, results)
     done = {(r["option"], r["dtype"], r["V"]) for r in results["loss"]}
     left = [case for case in cases(chosen) if (case.option, case.dtype, case.V) not in done]
     begin = time.monotonic()
-    while left and time.monotonic() - begin < arguments.seconds:
+    while left and time.monotonic() - begin < given.seconds:
         case = left.pop(0)
         results["loss"].append(measure(case, chosen))
         path.write_text(json.dumps(results, indent=1) + "\n")

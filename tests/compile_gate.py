@@ -191,6 +191,7 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     every = Part(code, file, "run")
     load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
     sums = Part(code, file, "sum_soft")
+    shifted = Part(load.code, "columns.h", "load_shifted")
     aside = [Part(code, file, f).code for f in ("sum_hard", "write_gradient", "mix")]
     elsewhere = {id(i) for part in aside for i in part}
     plain = Part([i for i in every.code if id(i) not in elsewhere])
@@ -199,8 +200,12 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     shared *= 1 - 32 / constant("kThreads")
     return {
         "local_accesses": every.count(LOCAL),
-        "loads_of_128_bits": load.wide("LDG"),
-        "stores_of_128_bits": gradient.wide("STG"),
+        "loads_of_128_bits": load.wide("LDG") - shifted.wide("LDG"),
+        "stores_of_128_bits": Part(gradient.code, "columns.h", "store_aligned").wide("STG"),
+        "misaligned_loads_of_128_bits": shifted.wide("LDG"),
+        "misaligned_stores_of_128_bits": Part(gradient.code, "columns.h", "store_shifted").wide(
+            "STG"
+        ),
         "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
         "instructions_per_pair_of_the_sums": round(len(sums.code) / pairs, 2),
         "reread_loads_of_128_bits": Part(code, "reread.h", "each_step").wide("LDG"),
@@ -262,6 +267,9 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
         # 16 bytes of a 16-bit dtype and twice 16 of float32; of both rows, where there are two.
         "loads_of_128_bits": loads,
         "stores_of_128_bits": stores,
+        # Where a row is not aligned, the two blocks around each.
+        "misaligned_loads_of_128_bits": 8 * held,
+        "misaligned_stores_of_128_bits": 2 * held,
         "reread_loads_of_128_bits": 4,
         "reread_stores_of_128_bits": 1,
     }

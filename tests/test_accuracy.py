@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BETAS, check, normal, pair, run
+from conftest import BETAS, check, normal, pair, run, some_labels
 
 LARGE = 131072
 
@@ -28,6 +28,21 @@ def test_near_convergence(kernel, beta, options):
     assert 1e-7 < value < 1e-4
     assert error < 1e-5
     assert gradient < 1e-3
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_hard_term_beside_any_temperature(kernel, beta, offset):
+    """T = 1, 2, 3, 4: a kernel may make both terms of one exponential; next to them it may not."""
+    temperature = torch.tensor([1.0, 2.0, 3.0, 4.0, 2.0000002, 2.9999998, 0.5, 5.0])
+    s, t = pair(8, 1100)
+    s[:, 300:] -= 30 * torch.arange(8).view(8, 1)  # CTAs whose maxima lie far below the row's
+    s += offset
+    labels = some_labels(8, 1100)
+    labels[::2] = s[::2].argmax(-1)  # where the gradient's two parts nearly cancel
+    for alpha in (0.0, 0.5):
+        options = {"beta": beta, "alpha": alpha, "temperature": temperature, "reduction": "none"}
+        check(kernel, s, t, labels, **options)
 
 
 @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])

@@ -1,10 +1,14 @@
-"""Which backend is taken, and the reasons why another is not, on machines that are not at hand."""
+"""Which backend is taken, the reasons why another is not, and the layout that the CUDA kernels
+take for a row, on machines that are not at hand.
+"""
 
+import subprocess
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from emulation import build
 
 import fastkd
 from fastkd import cuda, ops
@@ -199,3 +203,80 @@ def test_a_driver_too_old_for_the_runtime_inside_the_module(monkeypatch, driver,
     reasons, targets = cuda._load()
     assert [target.name for target in targets] == ["sm_80", "compute_120"]
     assert len(reasons) == bool(words) and all(word in reasons[0] for word in words)
+
+
+class Layout(NamedTuple):
+    kind: str
+    parts: int  # CTAs of a row
+    threads: int
+    active: int  # rows in work at one time
+
+    def columns(self, V: int) -> int:  # of the longest slice
+        return -(-V // 256 // self.parts) * 256
+
+
+GPUS = {  # vectors of a thread, the largest cluster, multiprocessors per group
+    "H200": (4, 16, 16, 16, 16, 16, 16, 16, 18, 18),
+    "B200": (3, 16, *[18] * 4, *[19] * 4),
+    "RTX 5090": (3, 8, *[14] * 10, *[15] * 2),
+    "A100": (3, 0, *[14] * 4, *[13] * 4),
+    "small": (3, 0, 14),
+}
+
+
+def layouts(gpu: str, vocabularies, pair_bytes: int = 6) -> dict[int, Layout]:
+    program = build.program("plan")
+    given = "".join(f"{V} {pair_bytes}\n" for V in vocabularies)
+    arguments = [program, *map(str, GPUS[gpu])]
+    done = subprocess.run(arguments, input=given, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {V: Layout(kind, *map(int, numbers))
+            for V, (kind, *numbers) in zip(vocabularies, rows, strict=True)}  # fmt: skip
+
+
+VOCABULARIES = (1, 256, 257, 1000, 8192, 8193, 32768, 50257, 65536, 128256, 151936, 262144, 1 << 20)
+
+
+@pytest.mark.parametrize("pair_bytes", [6, 8, 10, 12])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_layout_holds_its_row(gpu, pair_bytes):
+    vectors, largest, *groups = GPUS[gpu]
+    for V, layout in layouts(gpu, VOCABULARIES, pair_bytes).items():
+        clusters = layout.kind == "cluster"
+        assert layout.threads in (32, 64, 128, 256, *[512] * clusters)
+        assert layout.active >= 1
+        assert layout.parts <= (largest if clusters else min(171, 2 * sum(groups)))
+        assert layout.parts == 1 or layout.parts <= -(-V // 256)
+        held = layout.threads // 32 * (vectors if clusters else 3) * 256
+        if gpu != "small":  # its 28 places hold 172032 classes; beyond, slices are read again
+            assert layout.columns(V) <= held, (V, layout)
+
+
+def test_layouts():
+    """As few CTAs of 256 threads as hold a row, two on a multiprocessor, unless that loses more."""
+    h200 = layouts("H200", VOCABULARIES)
+    assert h200[1][:3] == ("cluster", 1, 32)
+    assert h200[8192][:3] == ("cluster", 1, 256) and h200[8192].active == 264
+    assert h200[32768][:3] == ("cluster", 4, 256)
+    assert h200[128256][:3] == ("cluster", 16, 256)
+    # Too long for sixteen of those: of the clusters of CTAs twice as large, 10 to 16 that hold it,
+    # of which 8 to 9 run at one time, the one that leaves fewest multiprocessors without work.
+    assert h200[151936][:3] == ("cluster", 16, 512)
+    assert h200[262144][:3] == ("cluster", 16, 512)
+    assert h200[1 << 20].kind == "tickets"
+    assert {layout.kind for layout in layouts("A100", VOCABULARIES).values()} == {"tickets"}
+    # 48 vectors of 256 columns at 512 threads: no 16 of them hold 2^18.
+    assert layouts("B200", [262144])[262144].kind == "tickets"
+    assert layouts("RTX 5090", [128256])[128256].kind == "tickets"
+
+
+def test_a_cluster_that_strands_multiprocessors_is_passed_over():
+    """Of groups of 9 multiprocessors, clusters of 9 use all; the smallest that fit, 5, use half."""
+    GPUS["nines"] = (4, 16, *[9] * 16)
+    try:
+        (layout,) = layouts("nines", [9 * 8192 - 5]).values()
+        assert layout[:3] == ("cluster", 9, 256) and layout.active == 32
+        (wide,) = layouts("nines", [5 * 16384]).values()
+    finally:
+        del GPUS["nines"]
+    assert wide.active * wide.parts * wide.threads > 0.8 * 16 * 9 * 512

@@ -11,28 +11,35 @@ import pytest
 from emulation import build
 
 SCHEDULES = ("0", "1", "2", "3", "4")  # forward, reverse, and seeds of random ones
-CLUSTERS, TICKETS = "0", "1"
+CLUSTERS, TICKETS, ONE_PERSISTENT, TWO_PERSISTENT = LAYOUTS = "0", "1", "2", "3"
 
 
 def output(program, *arguments: str) -> str:
-    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
     return result.stdout if result.returncode == 0 else f"ended by {result.returncode}"
 
 
 @functools.cache
 def rows(layout: str, schedule: str, fault: tuple[str, str, str] | None = None) -> str:
     """What driver.cpp prints: a line for each case, with a hash of all bits that came out."""
-    return output(build.program("driver", fault), schedule, layout, "16")
+    return output(build.program("driver", fault), schedule, layout, "16", "few")
 
 
 def test_every_schedule_and_layout_gives_the_same_bits():
     expected = rows(CLUSTERS, "0")
     assert expected.count("soft") == 3
-    for layout in (CLUSTERS, TICKETS):
+    for layout in LAYOUTS:
         for schedule in SCHEDULES:
             assert rows(layout, schedule) == expected
     # Places for the CTAs of one row only: each row has to leave before the next can begin.
-    assert output(build.program("driver"), "1", TICKETS, "3") == expected
+    assert output(build.program("driver"), "1", TICKETS, "3", "few") == expected
+
+
+def test_every_kind_of_row_in_every_layout():
+    """Dtypes, divergences, terms, pruning, edges, alignments: the same bits; for the sanitizers."""
+    said = [output(build.program("driver"), "2", layout, "16", "all") for layout in LAYOUTS]
+    assert said[0].count("soft") == len(said[0].splitlines()) == 90, said[0]
+    assert len(set(said)) == 1
 
 
 FAULTS = {
@@ -69,25 +76,43 @@ FAULTS = {
     "a CTA sends into another one's place": (
         CLUSTERS,
         "exchange.h",
-        "inbox[buffer][rank_]",
+        "inbox[buffer][rank()]",
         "inbox[buffer][to]",
+    ),
+    "nobody waits for the next row's slices": (
+        ONE_PERSISTENT,
+        "row.h",
+        "exchange.wait(&shared.ahead.barrier, (fresh(shared.ahead.fetches) - 1) & 1);",
+        "",
+    ),
+    "a block of the next row's slices is missing": (
+        TWO_PERSISTENT,
+        "row.h",
+        "address_of(view, next.end * kStep) - off + (off != 0 ? 16 : 0);",
+        "address_of(view, next.end * kStep) - off;",
+    ),
+    "a CTA goes on to the next row while others are at this one": (
+        ONE_PERSISTENT,
+        "row.h",
+        "__syncthreads();  // all are done with this one",
+        "",
     ),
     "nobody waits for what the other CTAs send": (
         CLUSTERS,
         "exchange.h",
-        "mbarrier_wait(&shared_.barrier[count_ & 1], static_cast<unsigned>(count_ >> 1 & 1));",
+        "mbarrier_wait(&shared_.barrier[count() & 1], static_cast<unsigned>(count() >> 1 & 1));",
         "",
     ),
     "the wait is for the phase before": (
         CLUSTERS,
         "exchange.h",
-        "static_cast<unsigned>(count_ >> 1 & 1)",
-        "static_cast<unsigned>(~count_ >> 1 & 1)",
+        "static_cast<unsigned>(count() >> 1 & 1)",
+        "static_cast<unsigned>(~count() >> 1 & 1)",
     ),
     "the first exchange begins before the other CTAs have": (
         CLUSTERS,
         "exchange.h",
-        "if (size_ > 1) cluster_wait();",
+        "if (size() > 1 && is_first) cluster_wait();",
         "",
     ),
     "nobody waits for the other CTAs in global memory": (

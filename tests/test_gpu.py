@@ -8,6 +8,7 @@ import torch
 from conftest import BACKENDS, NAN, Backend, normal, pair, run, some_labels
 
 import fastkd
+from benchmarks.gpu import captured
 from fastkd import kd_loss
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "cuda"]
@@ -111,21 +112,14 @@ def test_captured_in_a_graph(gpu, call):
         loss = kd_loss(leaf * 1, teacher, labels, backend=gpu.name, **options)
         return loss.detach(), *torch.autograd.grad((grad_output * loss).sum(), leaf)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     for seed in (3, 5):
         student.copy_(pair(7, 3001, seed=seed)[0])
         labels.copy_(some_labels(7, 3001, ignored=(seed,)))
         grad_output.fill_(seed / 2)
         expected = [x.clone() for x in step()]
         graph.replay()
-        assert all_equal(captured, expected)
+        assert all_equal(outputs, expected)
 
 
 def test_out_of_memory_is_torchs_own_and_nothing_is_written(gpu):

@@ -42,6 +42,14 @@ struct View {
   }
 
   __device__ bool is_float() const { return dtype == DType::kFloat; }
+  __device__ int per_vector() const { return is_float() ? 4 : 8; }  // columns of 16 bytes
+  // What a block of 16 bytes has before the column at which a vector of the row begins.
+  __device__ unsigned misaligned_bytes() const {
+    return static_cast<unsigned>(reinterpret_cast<uintptr_t>(data)) % 16;
+  }
+  __device__ int misaligned() const {
+    return static_cast<int>(misaligned_bytes()) >> (is_float() ? 2 : 1);
+  }
 
   // The lane's first 4 and last 4 columns.
   __device__ int first(int step) const { return step * kStep + lane() * (split ? 4 : kPerLane); }
@@ -76,7 +84,7 @@ __device__ __forceinline__ uint32_t load_word(const View& view, int column) {
   return low | high << 16;
 }
 
-// Word `index` of the 16 bytes that begin `bytes` (no multiple of 16) into the 32 of a and b.
+// The 16 bytes that begin `bytes`, less than 16, into the 32 of a and b.
 __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, unsigned bytes) {
   if (bytes & 8) a.x = a.z, a.y = a.w, a.z = b.x, a.w = b.y, b.x = b.z, b.y = b.w;
   if (bytes & 4) a.x = a.y, a.y = a.z, a.z = a.w, a.w = b.x, b.x = b.y;
@@ -89,41 +97,57 @@ __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, unsigned bytes) {
   return a;
 }
 
-// The 16 bytes from `column` on: one aligned load, or the two around them, or single columns where
-// those would reach beyond the row.
-__device__ __forceinline__ uint4 load_vector(const View& view, int column) {
-  const int shift = view.is_float() ? 2 : 1;
-  const int count = 16 >> shift;
-  const char* address = address_of(view, column);
-  const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(address)) % 16;
-  if (off == 0 && column + count <= view.columns) return load_streaming(address);
-  const int before = static_cast<int>(off) >> shift;
-  if (off != 0 && column >= before && column - before + 2 * count <= view.columns) {
-    const uint4* aligned = reinterpret_cast<const uint4*>(address - off);
-    return shifted(aligned[0], aligned[1], off);
-  }
-  const int words = 4 >> shift;  // columns of a word
+// Whether the 16 bytes from `column` on are in the row, and the aligned blocks around them as well.
+__device__ __forceinline__ bool is_inside(const View& view, int column) {
+  const int count = view.per_vector(), before = view.misaligned();
+  // No branch: both are always evaluated.
+  return (column >= before) & (column - before + (before == 0 ? count : 2 * count) <= view.columns);
+}
+// Where a row is read from: global memory, aligned or not, or a copy in shared memory.
+enum class Source { kAligned, kShifted, kStaged };
+
+// As two aligned loads; of a row that is aligned, one.
+template <Source kSource = Source::kShifted>
+__device__ __forceinline__ uint4 load_shifted(const View& view, int column, bool wanted) {
+  const auto load = [](const char* address, bool wanted) {
+    return kSource == Source::kStaged ? load_anywhere(address, wanted)
+                                      : load_cached(address, wanted);
+  };
+  const unsigned off = view.misaligned_bytes();
+  const char* aligned = address_of(view, column) - off;
+  return shifted(load(aligned, wanted), load(aligned + 16, wanted & (off != 0)), off);
+}
+// By single columns: where a block would reach beyond the row.
+__device__ __forceinline__ uint4 load_words(const View& view, int column) {
+  const int words = view.is_float() ? 1 : 2;  // columns of a word
   return {load_word(view, column), load_word(view, column + words),
           load_word(view, column + 2 * words), load_word(view, column + 3 * words)};
 }
+__device__ __forceinline__ uint4 load_vector(const View& view, int column) {
+  return is_inside(view, column) ? load_shifted(view, column, true) : load_words(view, column);
+}
 
-// Whether every vector of the steps up to `last` is aligned and inside the row.
-__device__ __forceinline__ bool is_whole(const View& view, int last) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (last + 1) * kStep <= view.columns;
+// Whether every vector of these steps is inside the row.
+__device__ __forceinline__ bool is_whole(const View& view, int first, int last) {
+  return is_inside(view, first * kStep) && is_inside(view, (last + 1) * kStep - view.per_vector());
 }
-__device__ __forceinline__ Packed load_whole(const View& view, int step) {
-  Packed packed;
-  packed.first = load_streaming(address_of(view, view.first(step)));
-  if (view.is_float()) packed.second = load_streaming(address_of(view, view.second(step)));
-  return packed;
+// What is not wanted or not inside comes out as 0: patch() is for the latter.
+template <Source kSource>
+__device__ __forceinline__ uint4 load_inside(const View& view, int column, bool wanted) {
+  wanted = wanted & is_inside(view, column);
+  return kSource == Source::kAligned ? load_streaming(address_of(view, column), wanted)
+                                     : load_shifted<kSource>(view, column, wanted);
 }
-__device__ __forceinline__ void store_whole(const View& view, int step, const Packed& packed) {
-  store_streaming(address_of(view, view.first(step)), packed.first);
-  if (view.is_float()) store_streaming(address_of(view, view.second(step)), packed.second);
+__device__ __forceinline__ void patch(const View& view, int step, Packed& packed) {
+  const auto patch = [&](int column, uint4& vector) {
+    if (!is_inside(view, column)) vector = load_words(view, column);
+  };
+  patch(view.first(step), packed.first);
+  if (view.is_float()) patch(view.second(step), packed.second);
 }
 
 __device__ __forceinline__ Packed load_packed(const View& view, int step) {
-  Packed packed;
+  Packed packed = {};
   packed.first = load_vector(view, view.first(step));
   if (view.is_float()) packed.second = load_vector(view, view.second(step));
   return packed;
@@ -179,22 +203,70 @@ __device__ __forceinline__ void store_word(const View& view, int column, uint32_
   if (column + 1 < view.columns) halves[column + 1] = static_cast<uint16_t>(word >> 16);
 }
 
-__device__ __forceinline__ void store_vector(const View& view, int column, uint4 v) {
-  const int shift = view.is_float() ? 2 : 1;
-  char* address = address_of(view, column);
-  if (reinterpret_cast<uintptr_t>(address) % 16 == 0 && column + (16 >> shift) <= view.columns) {
-    return store_streaming(address, v);
+// A step that is all in an aligned row.
+__device__ __forceinline__ void store_aligned(const View& view, int step, const Packed& packed) {
+  store_streaming(address_of(view, view.first(step)), packed.first);
+  if (view.is_float()) store_streaming(address_of(view, view.second(step)), packed.second);
+}
+// A step that is all in a row that is not aligned: what lies in an aligned block of 16 bytes is
+// stored by the lane that has its end, together with what the lane before has of it; and what is
+// left over at both ends of the step, 16 bytes in all, column by column.
+__device__ __forceinline__ void store_shifted(const View& view, int step, const Packed& packed) {
+  const unsigned off = view.misaligned_bytes();
+  uint4 before = from_previous_lane(packed.first);
+  if (view.is_float()) {
+    uint4 before_second = from_previous_lane(packed.second);
+    if (!view.split) before = before_second, before_second = packed.first;
+    if (view.split && lane() == 0) before_second = before;
+    store_streaming(address_of(view, view.second(step)) - off,
+                    shifted(before_second, packed.second, 16 - off));
   }
-  const int words = 4 >> shift;
-  store_word(view, column, v.x);
-  store_word(view, column + words, v.y);
-  store_word(view, column + 2 * words, v.z);
-  store_word(view, column + 3 * words, v.w);
+  if (lane() > 0) {
+    store_streaming(address_of(view, view.first(step)) - off,
+                    shifted(before, packed.first, 16 - off));
+  }
+  if (lane() > 0 && lane() < kLanes - 1) return;
+  const bool is_last = lane() > 0 && view.is_float();
+  const int column = is_last ? view.second(step) : view.first(step);
+  const uint4 v = is_last ? packed.second : packed.first;
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  const int boundary = view.per_vector() - view.misaligned();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (j >= view.per_vector() || (j < boundary) != (lane() == 0)) continue;
+    if (view.is_float()) {
+      reinterpret_cast<uint32_t*>(view.data)[column + j] = words[j % 4];
+    } else {
+      reinterpret_cast<uint16_t*>(view.data)[column + j] =
+          static_cast<uint16_t>(words[j / 2] >> j % 2 * 16);
+    }
+  }
+}
+// The step in which the row ends.
+__device__ __forceinline__ void store_ragged(const View& view, int step, const Packed& packed) {
+  const auto store = [&](int column, uint4 v) {
+    if (view.misaligned() == 0 && column + view.per_vector() <= view.columns) {
+      return store_streaming(address_of(view, column), v);
+    }
+    const int words = view.is_float() ? 1 : 2;
+    store_word(view, column, v.x);
+    store_word(view, column + words, v.y);
+    store_word(view, column + 2 * words, v.z);
+    store_word(view, column + 3 * words, v.w);
+  };
+  store(view.first(step), packed.first);
+  if (view.is_float()) store(view.second(step), packed.second);
 }
 
+__device__ __forceinline__ bool is_ragged(const View& view, int step) {
+  return (step + 1) * kStep > view.columns;
+}
+__device__ __forceinline__ void store_whole(const View& view, int step, const Packed& packed) {
+  view.misaligned() == 0 ? store_aligned(view, step, packed) : store_shifted(view, step, packed);
+}
+// By whole warps.
 __device__ __forceinline__ void store_packed(const View& view, int step, const Packed& packed) {
-  store_vector(view, view.first(step), packed.first);
-  if (view.is_float()) store_vector(view, view.second(step), packed.second);
+  is_ragged(view, step) ? store_ragged(view, step, packed) : store_whole(view, step, packed);
 }
 
 // Columns [begin, end) become `value`; by the whole CTA.

@@ -3,14 +3,17 @@
 //
 // row() is the row this CTA works on, rank() its part of it. To be called
 //
+//   start()    by all threads, before all else
 //   ready()    by all threads, before the first of what follows
 //   barrier()  what any CTA wrote before is seen by all after; by all threads
 //   send()     sums in shared memory to every CTA of the row; by warp 0, once between two calls
 //              of advance()
 //   parts()    in shared memory, what each CTA sent; by warp 0
-//   advance()  by all threads, after each parts()
+//   advance()  by all threads, after each parts() and before a barrier of the CTA
 //   bin()      of the histogram that CTA i published, between two barriers; set_bin() changes one
 //   end()      by all threads, after all else
+//
+// and, of a CTA that works on several rows, next_row(), -1 after the last, and begin() with it.
 //
 // The buffers of an exchange are used again two exchanges later. A CTA sends into them only after
 // it has everyone's part of the exchange between, which each sends only after it has read this
@@ -36,50 +39,58 @@ class Cluster {
 #else
   static constexpr int kVectors = kClusterVectors;
 #endif
+  static constexpr bool kSeveralRows = kPersistent;
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
+    int row, count;
   };
 
+  __device__ Cluster(Shared& shared, const KdRows& call, const Plan& plan, unsigned*)
+      : shared_(shared), call_(call), plan_(plan) {}
 #ifdef FASTKD_CLUSTERS
-  __device__ Cluster(Shared& shared, const KdRows&, const Plan& plan, unsigned*)
-      : shared_(shared),
-        size_(plan.parts),
-        rank_(static_cast<int>(cluster_rank())),
-        row_(static_cast<int>(blockIdx.x / static_cast<unsigned>(size_))) {
-    if (size_ == 1) return;
+  __device__ void start() {
+    if (threadIdx.x == 0) {
+      shared_.row = static_cast<int>(blockIdx.x) / size();
+      shared_.count = 0;
+    }
+    if (size() == 1) return;
     if (threadIdx.x == 0) {
       mbarrier_init(&shared_.barrier[0], 1);
       mbarrier_init(&shared_.barrier[1], 1);
       mbarrier_init_fence();
     }
+    __syncwarp();  // the barriers of a cluster are for warps that have not diverged
     cluster_arrive_relaxed();
   }
   // Before the first exchange: by then the row is on its way and the other CTAs have begun.
   __device__ void ready() {
-    if (size_ > 1) cluster_wait();
+    const bool is_first = !kSeveralRows || row() * size() + rank() == static_cast<int>(blockIdx.x);
+    __syncwarp();
+    if (size() > 1 && is_first) cluster_wait();
   }
   __device__ void barrier() {
-    if (size_ > 1) {
+    __syncwarp();
+    if (size() > 1) {
       cluster_sync();
     } else {
       __syncthreads();
     }
   }
   __device__ void send(const Sums& sums) {
-    const int buffer = count_ & 1;
-    if (lane() == 0) mbarrier_arrive_expect(&shared_.barrier[buffer], size_ * sizeof(Sums));
-    for (int i = lane(); i < size_ * kSumsVectors; i += kLanes) {
+    const int buffer = count() & 1;
+    if (lane() == 0) mbarrier_arrive_expect(&shared_.barrier[buffer], size() * sizeof(Sums));
+    for (int i = lane(); i < size() * kSumsVectors; i += kLanes) {
       const int to = i / kSumsVectors, word = i % kSumsVectors;
-      store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank_]) + word,
+      store_async(reinterpret_cast<uint4*>(&shared_.inbox[buffer][rank()]) + word,
                   vector_of(sums, word), &shared_.barrier[buffer], static_cast<unsigned>(to));
     }
   }
   // A CTA that has everyone's last part has nothing more to come, and nobody reads its memory: it
   // may exit.
   __device__ Sums* parts() {
-    mbarrier_wait(&shared_.barrier[count_ & 1], static_cast<unsigned>(count_ >> 1 & 1));
-    return shared_.inbox[count_ & 1];
+    mbarrier_wait(&shared_.barrier[count() & 1], static_cast<unsigned>(count() >> 1 & 1));
+    return shared_.inbox[count() & 1];
   }
 
   // The bins lie in the shared memory of their CTAs.
@@ -88,18 +99,46 @@ class Cluster {
     return *peer(mine + bin, static_cast<unsigned>(i));
   }
   __device__ void set_bin(unsigned* mine, int bin, unsigned value) { mine[bin] = value; }
-#endif
+
+  // A send for the next row comes after everyone's part of this one, as within a row.
+  __device__ int next_row() const {
+    if (plan_.stage == 0 || row() + plan_.clusters >= call_.N) return -1;
+    return row() + plan_.clusters;
+  }
+  __device__ void begin(int row) { shared_.row = row; }
+  // A barrier of copies from global into shared memory; by one thread, but for the wait.
+  __device__ void make_barrier(uint64_t* barrier) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+  }
+  __device__ void expect(uint64_t* barrier, unsigned bytes) {
+    mbarrier_arrive_expect(barrier, bytes);
+  }
+  __device__ void copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+    copy_async(to, from, bytes, barrier);
+  }
+  __device__ void wait(uint64_t* barrier, unsigned parity) { mbarrier_wait(barrier, parity); }
+  // Of shared memory, for the next row's slices of the student (0) and of the teacher (1).
+  __device__ char* stage(int which) const {
+    return &shared_memory<char>() + plan_.stage_begin + which * plan_.stage;
+  }
 
   __device__ void end() {}
-  __device__ void advance() { ++count_; }
-  __device__ int rank() const { return rank_; }
-  __device__ int size() const { return size_; }
-  __device__ int row() const { return row_; }
+  __device__ void advance() {
+    if (threadIdx.x == 0) ++shared_.count;
+  }
+  // Nothing of these is kept: the registers are needed for the row.
+  __device__ int rank() const { return static_cast<int>(cluster_rank()); }
+  __device__ int size() const { return plan_.parts; }
+  __device__ int row() const { return fresh(shared_.row); }
+#endif
 
  private:
+  __device__ int count() const { return fresh(shared_.count); }
+
   Shared& shared_;
-  const int size_, rank_, row_;
-  int count_ = 0;
+  const KdRows& call_;
+  const Plan& plan_;
 };
 
 // The workspace of the tickets: three kinds of counters, all 0 at the start of the kernel, and the
@@ -127,17 +166,20 @@ struct TicketSpace {
 class Tickets {
  public:
   static constexpr int kVectors = kTicketVectors;
+  static constexpr bool kSeveralRows = false;
   struct Shared {
     Sums inbox[kMaxTickets];
-    int row, rank;
+    int row, rank, count;
   };
 
   __device__ Tickets(Shared& shared, const KdRows& call, const Plan& plan, unsigned* workspace)
-      : shared_(shared), call_(call), plan_(plan), workspace_(workspace) {
+      : shared_(shared), call_(call), plan_(plan), workspace_(workspace) {}
+  __device__ void start() {
     if (threadIdx.x == 0) {
-      const unsigned ticket = atomicAdd(workspace, 1u), size = static_cast<unsigned>(plan.parts);
+      const unsigned ticket = atomicAdd(workspace_, 1u), size = static_cast<unsigned>(plan_.parts);
       shared_.row = static_cast<int>(ticket / size);
       shared_.rank = static_cast<int>(ticket % size);
+      shared_.count = 0;
     }
     __syncthreads();
   }
@@ -148,8 +190,8 @@ class Tickets {
     if (threadIdx.x == 0) {
       arrive();
       await();
+      ++shared_.count;
     }
-    ++count_;
     __syncthreads();
   }
   __device__ void send(const Sums& mine) {
@@ -191,13 +233,16 @@ class Tickets {
     wait_for_slot();
     add_release(finished(row()));
   }
-  __device__ void advance() { ++count_; }
+  __device__ void advance() {
+    if (threadIdx.x == 0) ++shared_.count;
+  }
   __device__ int rank() const { return shared_.rank; }
   __device__ int size() const { return plan_.parts; }
   __device__ int row() const { return shared_.row; }
 
  private:
   // Nothing of this is kept: the registers are needed for the row.
+  __device__ int count() const { return fresh(shared_.count); }
   __device__ TicketSpace space() const {
     return {call_.N, plan_.parts, plan_.slots, call_.keep < call_.vocab_size};
   }
@@ -209,14 +254,14 @@ class Tickets {
            row() % plan_.slots * s.slot_bytes();
   }
   __device__ uint4* sums(int i) const {
-    return reinterpret_cast<uint4*>(slot()) + ((count_ & 1) * size() + i) * kSumsVectors;
+    return reinterpret_cast<uint4*>(slot()) + ((count() & 1) * size() + i) * kSumsVectors;
   }
   __device__ unsigned* bins(int i) const {
     return reinterpret_cast<unsigned*>(slot() + 2 * size() * sizeof(Sums)) + i * kBins;
   }
   __device__ void arrive() { add_release(arrived(row())); }
   __device__ void await() const {
-    const unsigned all = static_cast<unsigned>(size() * (count_ + 1));
+    const unsigned all = static_cast<unsigned>(size() * (count() + 1));
     while (load_acquire(arrived(row())) < all) spin();
   }
   __device__ void wait_for_slot() {
@@ -228,7 +273,6 @@ class Tickets {
   const KdRows& call_;
   const Plan& plan_;
   unsigned* const workspace_;
-  int count_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -36,28 +36,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kExists) {
     auto& shared = shared_memory<Shared<Exchange>>();
     Exchange exchange(shared.exchange, call, plan, workspace);
-    if (threadIdx.x == 0) {
-      shared.row.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
-    }
-    __syncthreads();
+    exchange.start();
     Row<Exchange> row(call, exchange, shared.row);
-    if (row.is_skipped()) {
-      exchange.ready();
-      row.write_terms(0, 0);
-      row.fill_gradient(0);
-    } else if (row.label() < 0) {
-      exchange.ready();
-      row.write_terms(kNaN, kNaN);
-      row.fill_gradient(kNaN);
-    } else {
-      bool done = false;
-      if (row.longest() <= warps() * Exchange::kVectors) {
-        done = Registers<Exchange, kMode>(row).run();
-      } else {
+    row.start();
+    do {
+      if (row.is_skipped()) {
         exchange.ready();
+        row.write_terms(0, 0);
+        row.fill_gradient(0);
+      } else if (row.label() < 0) {
+        exchange.ready();
+        row.write_terms(kNaN, kNaN);
+        row.fill_gradient(kNaN);
+      } else {
+        bool done = false;
+        if (row.longest() <= warps() * Exchange::kVectors) {
+          done = Registers<Exchange, kMode>(row).run();
+        } else {
+          exchange.ready();
+        }
+        if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
       }
-      if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
-    }
+    } while (row.next());
     exchange.end();
   }
 }
@@ -68,14 +68,6 @@ auto kernel_of(const KdRows& call) {
          : call.beta == 1 ? kd_rows_kernel<Exchange, Mode::kReverse>
                           : kd_rows_kernel<Exchange, Mode::kMixture>;
 }
-
-// What the plan asks about a GPU, once for each.
-struct Device {
-  const char* error = nullptr;
-  int vectors = 0;  // in the registers of a thread of a cluster
-  int cluster = 0;  // the largest cluster, 0: none
-  int places = 0;   // CTAs of the ticket kernels that run at one time
-};
 
 constexpr int kDevices = 64;
 std::mutex mutex;
@@ -90,9 +82,10 @@ const char* text(cudaError_t error) {
 template <class Exchange>
 cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* cluster) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(N * plan.parts));
+  config.gridDim =
+      dim3(static_cast<unsigned>((plan.clusters > 0 ? plan.clusters : N) * plan.parts));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = sizeof(Shared<Exchange>);
+  config.dynamicSmemBytes = sizeof(Shared<Exchange>) + 2 * static_cast<size_t>(plan.stage);
   if (plan.cluster) {
     cluster->id = cudaLaunchAttributeClusterDimension;
     cluster->val.clusterDim.x = static_cast<unsigned>(plan.parts);
@@ -105,10 +98,13 @@ cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* clust
 
 Device ask(int device) {
   Device answer;
-  int major = 0, processors = 0, places = 0;
+  int major = 0, processors = 0, places = 0, shared = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   answer.vectors = cluster_vectors(major);
   KdRows call;
@@ -124,19 +120,24 @@ Device ask(int device) {
     if (major < 9 || error != cudaSuccess) continue;
     const auto clusters = kernel_of<Cluster>(call);
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(clusters, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    }
   }
-  if (major >= 9 && error == cudaSuccess) {
-    for (answer.cluster = kMaxCluster; answer.cluster > 1; answer.cluster /= 2) {
+  answer.stage_bytes = shared - static_cast<int>(sizeof(Shared<Cluster>));
+  for (const int threads : {kThreads, kMaxThreads}) {
+    for (int parts = 1; major >= 9 && error == cudaSuccess && parts <= kMaxCluster; ++parts) {
       Plan plan;
       plan.cluster = true;
-      plan.parts = answer.cluster;
-      plan.threads = kMaxThreads;
+      plan.parts = parts;
+      plan.threads = threads;
       cudaLaunchAttribute attribute;
       const auto config = shape<Cluster>(plan, 1, &attribute);
-      int active = 0;
+      int& active = answer.active[threads == kMaxThreads][parts];
       const cudaError_t refused =
           cudaOccupancyMaxActiveClusters(&active, kernel_of<Cluster>(call), &config);
-      if (refused == cudaSuccess && active > 0) break;
+      if (refused == cudaSuccess) continue;
+      active = 0;  // more CTAs than a cluster of this GPU can have
       cudaGetLastError();
     }
   }
@@ -170,37 +171,11 @@ TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
 
 void set_limits(const Limits& wanted) { limits = wanted; }
 
-// Registers hold up to 32 columns a thread of both rows: 8192 for a CTA of 256 threads, of which
-// two run on a multiprocessor and hide each other's waits. A row gets as few such CTAs as hold it,
-// in a cluster where one is large enough, else in a cluster of CTAs twice as large, else by
-// tickets. Where even the GPU has too few places for those, slices are read again.
 Plan plan(const KdRows& call) {
-  const Device device = ask_once();
-  Plan plan;
-  plan.error = device.error;
-  const int64_t steps = (call.vocab_size + kStep - 1) / kStep;
-  int64_t parts = 0;
-  const auto use = [&](int threads, int vectors) {
-    plan.threads = std::min(limits.threads, threads);
-    const int64_t capacity = std::min(limits.steps, plan.threads / kLanes * vectors);
-    parts = (steps + capacity - 1) / capacity;
-  };
-  const int cluster = std::min(device.cluster, limits.cluster);
-  use(kThreads, device.vectors);
-  if (parts > cluster && cluster > 0) use(kMaxThreads, device.vectors);
-  plan.cluster = parts <= cluster || limits.tickets == 0;
-  if (plan.cluster) {
-    parts = std::min<int64_t>(parts, cluster);
-  } else {
-    use(kThreads, kTicketVectors);
-    parts = std::min<int64_t>({parts, device.places, limits.tickets});
-    plan.slots = static_cast<int>(std::min<int64_t>(call.N, device.places / parts + 2));
-  }
-  plan.parts = static_cast<int>(parts);
-  // No more warps than a short slice has steps; a power of two, which select.h counts on.
-  while (plan.threads / 2 >= kLanes && plan.threads / 2 / kLanes * parts >= steps) {
-    plan.threads /= 2;
-  }
+  const auto bytes =
+      static_cast<int>(2 * call.student.element_bytes() + call.teacher.element_bytes());
+  Plan plan = choose(call.N, call.vocab_size, bytes, ask_once(), limits);
+  plan.stage_begin = sizeof(Shared<Cluster>);
   return plan;
 }
 
@@ -216,6 +191,10 @@ const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
     return "the CUDA kernels have no decoupled terms and take no teacher's probabilities";
   }
   if (call.N == 0) return nullptr;
+  // Columns are int, and steps round them up.
+  if (std::max({call.student.width, call.teacher.width, call.dstudent.width}) >= 1 << 30) {
+    return "rows of 2^30 classes and more are not supported";
+  }
   const Plan layout = plan(call);
   if (layout.error != nullptr) return layout.error;
   if (call.N * layout.parts >= int64_t{1} << 31) return "more rows than one launch can have";

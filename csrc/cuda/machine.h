@@ -37,6 +37,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// The same number, though the compiler does not know: what is made of it in a loop is made there,
+// and not kept in registers throughout.
+__device__ __forceinline__ float unknown(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // Two numbers rounded to the halves of a word, the first into its low half.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   uint32_t word;
@@ -54,15 +61,23 @@ __device__ __forceinline__ float2 unpack_half(uint32_t word) {
   return __half22float2(pair);
 }
 
-// 16 bytes of a tensor, aligned, read once: not through the read-only path, for the gradient may be
-// written over them by the same kernel.
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
-}
+// 16 bytes of a tensor, aligned, or 0 where they are not `wanted`: no branch, so that nothing keeps
+// the compiler from having many loads under way. Not through the read-only path, for the gradient
+// may be written over them by the same kernel. `load_streaming`: each is read once.
+#define FASTKD_LOAD(name, instruction)                                             \
+  __device__ __forceinline__ uint4 name(const void* address, bool wanted = true) { \
+    uint4 v = {};                                                                  \
+    asm volatile(                                                                  \
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"                                  \
+        "@p " instruction " {%0, %1, %2, %3}, [%4]; }"                             \
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)                               \
+        : "l"(address), "r"(static_cast<unsigned>(wanted)));                       \
+    return v;                                                                      \
+  }
+FASTKD_LOAD(load_streaming, "ld.global.L1::no_allocate.v4.u32")
+FASTKD_LOAD(load_cached, "ld.global.v4.u32")
+FASTKD_LOAD(load_anywhere, "ld.v4.u32")
+#undef FASTKD_LOAD
 __device__ __forceinline__ void store_streaming(void* address, uint4 v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -170,6 +185,18 @@ __device__ __forceinline__ void store_async(uint4* variable, uint4 v, uint64_t* 
       : "memory");
 }
 
+// Copies `bytes` of global into shared memory, both of them and the addresses multiples of 16;
+// counted by `barrier`. The fence: after what threads have read there before the last barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from, unsigned bytes,
+                                           uint64_t* barrier) {
+  asm volatile(
+      "fence.proxy.async.shared::cta;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 #endif  // FASTKD_CLUSTERS
 
 }  // namespace fastkd::cuda
@@ -205,6 +232,13 @@ __device__ __forceinline__ T warp_sum(T value) {
     value += __shfl_xor_sync(kWholeWarp, value, distance);
   }
   return value;
+}
+
+// Lane 0 gets it from lane 31.
+__device__ __forceinline__ uint4 from_previous_lane(uint4 v) {
+  const int previous = (lane() + kLanes - 1) % kLanes;
+  return {__shfl_sync(kWholeWarp, v.x, previous), __shfl_sync(kWholeWarp, v.y, previous),
+          __shfl_sync(kWholeWarp, v.z, previous), __shfl_sync(kWholeWarp, v.w, previous)};
 }
 
 }  // namespace fastkd::cuda

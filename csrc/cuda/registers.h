@@ -1,6 +1,8 @@
 // The core of rows whose slices fit the registers: every logit is read once, its exponential stays
 // where the logit was, one exchange, and the gradient is written from them.
 #pragma once
+#include <type_traits>
+
 #include "row.h"
 
 namespace fastkd::cuda {
@@ -13,9 +15,10 @@ class Registers {
   // False where the row has to be read again: infinities, or sums that cancel.
   __device__ bool run() {
     load();
-    if (row_.own_hard()) sum_hard();
+    if (own_hard()) sum_hard();
     if (row_.pruned()) prune();
     if (row_.has_soft()) sum_soft();
+    if (row_.power() > 1) sum_powers();
     sums_.label = row_.label_logit();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
       if (kMode != Mode::kMixture && row_.has_soft()) row_.shared.divergence = divergence(sums);
@@ -32,11 +35,12 @@ class Registers {
       if (!soft.exact) return false;
     }
     float hard = 0;
-    if (row_.shares()) {
-      hard = row_.hard_term(kReverse ? sums.lead : sums.other,
-                            kReverse ? sums.lead_frame : sums.other_frame, student_scale(), label);
+    if (row_.power() > 0) {
+      const float sum = row_.power() > 1 ? sums.hard : kReverse ? sums.lead : sums.other;
+      const float frame = kReverse ? sums.lead_frame : sums.other_frame;
+      hard = row_.hard_term(sum, frame, student_scale(), label, row_.power());
     } else if (row_.has_hard()) {
-      hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label);
+      hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label, 1);
     }
     const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
     const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
@@ -53,7 +57,13 @@ class Registers {
       row_.fill_gradient(kNaN);
     } else {
       find_factors(sums, soft, lead, other, from_student);
-      write_gradient(scale(sums_.hard_frame, sums.hard_frame, sums.hard) * row_.hard_weight());
+      float per_hard = scale(sums_.hard_frame, sums.hard_frame, sums.hard, row_.power());
+      if (kMode == Mode::kMixture && row_.power() > 1) {
+        // What is kept there is q: times its sum, the exponentials in the row's frame.
+        from_q_ = sums.other;
+        per_hard = 1 / sums.hard;
+      }
+      write_gradient(per_hard * row_.hard_weight());
       row_.fill_beyond();
     }
     return true;
@@ -62,7 +72,10 @@ class Registers {
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
   static constexpr int kVectors = Exchange::kVectors;
+  template <Source kSource>
+  using Is = std::integral_constant<Source, kSource>;
 
+  __device__ bool own_hard() const { return row_.has_hard() && row_.power() == 0; }
   __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }
   __device__ int last() const {  // the last step of this warp, or one beyond the slice
     int step = row_.begin() + warp();
@@ -109,20 +122,63 @@ class Registers {
 
   // All loads are under way before the first is waited for.
   __device__ __forceinline__ void load() {
-    Packed student[kVectors], teacher[kVectors];
-    const int last = this->last();
-    if (is_whole(row_.student(), last) && (!row_.has_soft() || is_whole(row_.teacher(), last))) {
-      const auto load_all = [&](const View& view, Packed(&packed)[kVectors]) {
-        const int first = step(0);
-        each([&](int i) { packed[i] = load_whole(view, first + i * warps()); });
+    Packed student[kVectors] = {}, teacher[kVectors] = {};
+    // A teacher that is not asked for has no columns.
+    const auto load_all = [&](auto source, const View& from, const View& of_teacher) {
+      constexpr Source kSource = decltype(source)::value;
+      const int first = step(0), end = row_.end();
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int step = first + i * warps();
+        student[i].first = load_inside<kSource>(from, from.first(step), step < end);
+        teacher[i].first = load_inside<kSource>(of_teacher, of_teacher.first(step), step < end);
+      }
+      // One tensor after the other: the two blocks around every vector of both are more than the
+      // registers hold.
+      const auto load_second = [&](const View& view, Packed(&packed)[kVectors]) {
+        if (!view.is_float()) return;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int step = first + i * warps();
+          packed[i].second = load_inside<kSource>(view, view.second(step), step < end);
+        }
       };
-      load_all(row_.student(), student);
-      if (row_.has_soft()) load_all(row_.teacher(), teacher);
+      load_second(from, student);
+      load_second(of_teacher, teacher);
+    };
+    const auto is_aligned = [&] {
+      return row_.student().misaligned() == 0 &&
+             (!row_.has_soft() || row_.teacher().misaligned() == 0);
+    };
+    bool staged = false;
+    if constexpr (Exchange::kSeveralRows) {
+      const int next = row_.exchange.next_row();
+      if (next >= 0 && threadIdx.x == 0) row_.look_ahead(next);
+      staged = row_.is_staged();
+    }
+    if (staged) {
+      if constexpr (Exchange::kSeveralRows) {
+        load_all(Is<Source::kStaged>(), row_.staged(row_.student(), 0),
+                 row_.staged(row_.teacher(), 1));
+      }
+    } else if (is_aligned()) {
+      load_all(Is<Source::kAligned>(), row_.student(), row_.teacher());
     } else {
+      load_all(Is<Source::kShifted>(), row_.student(), row_.teacher());
+    }
+    if constexpr (Exchange::kSeveralRows) {
+      if (row_.exchange.next_row() >= 0) {
+        __syncthreads();  // all of the stage has been read
+        if (threadIdx.x == 0) row_.fetch();
+      }
+    }
+    const int last = this->last();
+    if (!is_whole(row_.student(), step(0), last) ||
+        (row_.has_soft() && !is_whole(row_.teacher(), step(0), last))) {
       each_in_turn(
           [&](int i) {
-            student[0] = load_packed(row_.student(), step(i));
-            if (row_.has_soft()) teacher[0] = load_packed(row_.teacher(), step(i));
+            patch(row_.student(), step(i), student[0]);
+            if (row_.has_soft()) patch(row_.teacher(), step(i), teacher[0]);
           },
           [&] {
             rotate(student);
@@ -131,13 +187,16 @@ class Registers {
     }
     row_.exchange.ready();
     unpack_all(row_.student().dtype, student, student_);
-    if (row_.has_soft()) unpack_all(row_.teacher().dtype, teacher, teacher_);
+    unpack_all(row_.teacher().dtype, teacher, teacher_);
   }
 
   __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
                                              float (&values)[kVectors][kPerLane]) {
+    // Also what is beyond the slice: else, in a loop over rows, it would be kept from one to the
+    // next.
     const auto all = [&](DType dtype) {
-      each([&](int i) { unpack(dtype, packed[i], values[i]); });
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) unpack(dtype, packed[i], values[i]);
     };
     dtype == DType::kFloat      ? all(DType::kFloat)
     : dtype == DType::kBFloat16 ? all(DType::kBFloat16)
@@ -172,7 +231,8 @@ class Registers {
                                         row_.call.keep, [&](const auto& fn) {
                                           each([&](int i) {
 #pragma unroll
-                                            for (int j = 0; j < kPerLane; ++j) fn(teacher_[i][j]);
+                                            for (int j = 0; j < kPerLane; ++j)
+                                              fn(unknown(teacher_[i][j]));
                                           });
                                         });
     bool nan = false;
@@ -241,9 +301,27 @@ class Registers {
     }
   }
 
-  // What turns the exponentials of a warp into probabilities.
-  __device__ static float scale(float frame, float row_frame, float sum) {
-    return frame > -kInf ? exp2_approx(frame - row_frame) / sum : 0.0f;
+  __device__ static __forceinline__ float raised(float e, int power) {  // to 2, 3 or 4
+    const float square = e * e;
+    return power == 2 ? square : square * (power == 3 ? e : square);
+  }
+  // No more exponentials for a hard term beside a soft one at T = 2, 3 or 4: relative to those at
+  // T = 1, T times the error of one.
+  __device__ __forceinline__ void sum_powers() {
+    sums_.hard_frame = kReverse ? sums_.lead_frame : sums_.other_frame;
+    const int power = row_.power();
+    float sum = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) sum += raised(student_[i][j], power);
+    });
+    sums_.hard = warp_sum(sum);
+  }
+
+  // What turns the exponentials of a warp, or powers of them, into probabilities.
+  __device__ static float scale(float frame, float row_frame, float sum, int power = 1) {
+    const float down = (frame - row_frame) * static_cast<float>(max(power, 1));
+    return frame > -kInf ? exp2_approx(down) / sum : 0.0f;
   }
 
   // KL(p || m) as `lead` and KL(q || m) as `other`. Leaves q where the student was, and
@@ -278,7 +356,7 @@ class Registers {
   __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
                                                float other, float from_student) {
     const float weight = row_.soft_weight() * row_.student_inverse();
-    const float hard = row_.shares() ? row_.hard_weight() : 0.0f;
+    const float hard = row_.power() == 1 ? row_.hard_weight() : 0.0f;
     const bool off = row_.soft_weight() == 0;
     if constexpr (kMode == Mode::kForward) {
       // q / p - 1 in the frames of this warp: small where the two sides agree.
@@ -305,9 +383,10 @@ class Registers {
     }
   }
 
-  // Of the soft term, and what the hard term shares of it.
+  // Of the soft term, and of a hard term that shares its exponentials.
   __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
-                                                float* gradient) const {
+                                                float hard, float* gradient) const {
+    if (!row_.has_soft()) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if constexpr (kMode == Mode::kForward) {
@@ -316,37 +395,52 @@ class Registers {
         gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
       }
     }
+    const int power = row_.power();
+    if (power < 2 || row_.hard_weight() == 0) return;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = kMode == Mode::kMixture ? student[j] * from_q_ : student[j];
+      gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
+    }
+  }
+  // Of a hard term with exponentials of its own. Their logits are in L2 since a moment ago; no
+  // other thread has written over them.
+  __device__ __forceinline__ void add_hard(int step, float hard, float* gradient) const {
+    float logits[kPerLane];
+    unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = exp2_approx(fmaf(logits[j], kLog2E, -used(sums_.hard_frame)));
+      gradient[j] = fmaf(e, hard, gradient[j]);
+    }
   }
 
   __device__ __forceinline__ void write_gradient(float hard) {
-    const bool own_hard = row_.own_hard() && row_.hard_weight() != 0;
-    const View dstudent = row_.dstudent();
-    if (row_.has_soft() && !own_hard && is_whole(dstudent, last())) {
-      const int first = step(0);
-      each([&](int i) {
-        float gradient[kPerLane];
-        find_gradient(student_[i], teacher_[i], gradient);
+    const auto pack_gradient = [&](int step, const float* student, const float* teacher) {
+      float gradient[kPerLane] = {};
+      find_gradient(student, teacher, hard, gradient);
+      row_.add_label(step, gradient);
+      return pack(row_.dstudent().dtype, gradient);
+    };
+    const bool reads_again = own_hard() && row_.hard_weight() != 0;
+    const int first = step(0), end = row_.end();
+    if (!reads_again) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
         const int step = first + i * warps();
-        row_.add_label(step, gradient);
-        store_whole(dstudent, step, pack(dstudent.dtype, gradient));
-      });
-      return;
+        const View dstudent = row_.dstudent();
+        if (step >= end || is_ragged(dstudent, step)) continue;
+        store_whole(dstudent, step, pack_gradient(step, student_[i], teacher_[i]));
+      }
+      if (!is_ragged(row_.dstudent(), last())) return;
     }
-    const float frame = used(sums_.hard_frame);
     each_in_turn(
         [&](int i) {
+          const View dstudent = row_.dstudent();
+          if (!reads_again && !is_ragged(dstudent, step(i))) return;
           float gradient[kPerLane] = {};
-          if (row_.has_soft()) find_gradient(student_[0], teacher_[0], gradient);
-          if (own_hard) {
-            // Their logits are in L2 since a moment ago; no other thread has written over them.
-            float logits[kPerLane];
-            unpack(row_.student().dtype, load_packed(row_.student(), step(i)), logits);
-#pragma unroll
-            for (int j = 0; j < kPerLane; ++j) {
-              const float e = exp2_approx(fmaf(logits[j], kLog2E, -frame));
-              gradient[j] = fmaf(e, hard, gradient[j]);
-            }
-          }
+          find_gradient(student_[0], teacher_[0], hard, gradient);
+          if (reads_again) add_hard(step(i), hard, gradient);
           row_.add_label(step(i), gradient);
           store_packed(dstudent, step(i), pack(dstudent.dtype, gradient));
         },
@@ -363,6 +457,7 @@ class Registers {
   Sums sums_;  // of this warp
   Combination forward_;
   float a_ = 0, b_ = 0;
+  float from_q_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -52,8 +52,8 @@ class Reread {
     float hard = 0;
     if (row_.has_hard()) {
       // The frame of the shared exponentials is in natural units, and T is 1.
-      const float sum = row_.shares() ? student_sum : sums.hard;
-      const float frame = row_.shares() ? student_frame_ : hard_frame_;
+      const float sum = shares() ? student_sum : sums.hard;
+      const float frame = shares() ? student_frame_ : hard_frame_;
       hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
     }
     row_.write_terms(value, hard);
@@ -69,6 +69,8 @@ class Reread {
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
 
+  __device__ bool shares() const { return row_.power() == 1; }
+  __device__ bool own_hard() const { return row_.has_hard() && !shares(); }
   __device__ float& other_frame() { return kReverse ? teacher_frame_ : student_frame_; }
 
   template <class Fn>
@@ -172,7 +174,7 @@ class Reread {
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
     each_step([&](int, float* student, float* teacher) {
-      if (row_.own_hard()) {
+      if (own_hard()) {
         float hard = 0;
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) hard += exponential(student[j] - hard_frame_);
@@ -248,13 +250,13 @@ class Reread {
 
   __device__ void write_gradient(const Divergence& soft, float from_student, float hard) {
     const float weight = row_.soft_weight() * student_inverse_;
-    const float shared_hard = row_.shares() ? row_.hard_weight() : 0.0f;
+    const float shared_hard = shares() ? row_.hard_weight() : 0.0f;
     const bool alike = fabsf(soft.ratio) < 0.5f;
     const Combination forward(per_q_, per_p_,
                               alike ? -per_p_ * soft.ratio / (1 + soft.ratio) : per_q_ - per_p_);
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
-      if (row_.own_hard() && row_.hard_weight() != 0) {
+      if (own_hard() && row_.hard_weight() != 0) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           gradient[j] = exponential(student[j] - hard_frame_) * hard;

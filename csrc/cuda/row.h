@@ -16,8 +16,9 @@ struct RowArguments {
   int label;       // -1: no class
   bool has_soft, has_hard;
   bool pruned;
-  bool shares;    // the hard term uses the soft term's exponentials
-  bool own_hard;  // the hard term has exponentials of its own
+  // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
+  // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
+  int power;
 };
 
 // Where part `rank` of `size` begins.
@@ -34,7 +35,7 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   const int vocab = static_cast<int>(call.vocab_size);
   RowArguments a;
   a.student = View(call.student, row, vocab, split);
-  a.teacher = View(call.teacher, row, vocab, split);
+  a.teacher = View(call.teacher, row, call.soft_weight != nullptr ? vocab : 0, split);
   a.dstudent = View(call.dstudent, row, vocab, split);
   a.soft_weight = vector(call.soft_weight);
   a.hard_weight = vector(call.hard_weight);
@@ -50,14 +51,25 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.has_soft = call.soft_weight != nullptr;
   a.has_hard = call.hard_weight != nullptr;
   a.pruned = a.has_soft && call.keep < call.vocab_size;
-  // The hard term's exponentials are the student's own at T = 1 over all classes.
-  a.shares = a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1;
-  a.own_hard = a.has_hard && !a.shares;
+  a.power = 0;
+  for (int power = 1; power <= 4; ++power) {
+    if (a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1.0f / power) a.power = power;
+  }
   return a;
 }
 
+// The row after this one, of a CTA that works on several.
+struct Ahead {
+  RowArguments arguments;  // of `row`
+  int row;
+  int staged;        // the row whose slices are in the stage or on their way; -1: none
+  unsigned fetches;  // so far
+  uint64_t barrier;  // a phase for each of them
+};
+
 struct RowShared {
   RowArguments arguments;
+  Ahead ahead;  // persistent clusters
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
@@ -84,11 +96,87 @@ class Row {
   __device__ bool has_soft() const { return fresh(a.has_soft); }
   __device__ bool has_hard() const { return fresh(a.has_hard); }
   __device__ bool pruned() const { return fresh(a.pruned); }
-  __device__ bool shares() const { return fresh(a.shares); }
-  __device__ bool own_hard() const { return fresh(a.own_hard); }
+  __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
   __device__ View teacher() const { return View::again(a.teacher); }
   __device__ View dstudent() const { return View::again(a.dstudent); }
+
+  // The first row's arguments; by the whole CTA.
+  __device__ void start() {
+    if (threadIdx.x == 0) {
+      shared.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
+      if constexpr (Exchange::kSeveralRows) {
+        shared.ahead.row = shared.ahead.staged = -1;
+        shared.ahead.fetches = 0;
+        exchange.make_barrier(&shared.ahead.barrier);
+      }
+    }
+    __syncthreads();
+  }
+  // Whether there is a next one; then this is it.
+  __device__ bool next() {
+    if constexpr (Exchange::kSeveralRows) {
+      const int row = exchange.next_row();
+      if (row < 0) return false;
+      __syncthreads();  // all are done with this one
+      if (threadIdx.x == 0) {
+        look_ahead(row);
+        shared.arguments = shared.ahead.arguments;
+        exchange.begin(row);
+      }
+      __syncthreads();
+      return true;
+    }
+    return false;
+  }
+  // By one thread.
+  __device__ void look_ahead(int row) {
+    if (shared.ahead.row == row) return;
+    shared.ahead.row = row;
+    shared.ahead.arguments = row_arguments(call, row, exchange.rank(), exchange.size());
+  }
+  // Whether this row's slices are in the stage, after a wait for them.
+  __device__ bool is_staged() const {
+    if (fresh(shared.ahead.staged) != exchange.row()) return false;
+    exchange.wait(&shared.ahead.barrier, (fresh(shared.ahead.fetches) - 1) & 1);
+    return true;
+  }
+  // A row of which the stage has this slice, where one in global memory would have it.
+  __device__ View staged(View view, int which) const {
+    view.data = exchange.stage(which) + view.misaligned_bytes() -
+                (address_of(view, begin() * kStep) - view.data);
+    return view;
+  }
+  // Sends for the slices of the row looked ahead to: the aligned blocks inside it, and around the
+  // slice those that others have a part of. By one thread, when nobody reads the stage any more.
+  __device__ void fetch() {
+    Ahead& ahead = shared.ahead;
+    const RowArguments& next = ahead.arguments;
+    if ((next.soft_weight == 0 && next.hard_weight == 0) || next.label < 0) return;
+    const auto each = [&](const auto& fn) {
+      for (int which = 0; which < 2; ++which) {
+        const View& view = which == 0 ? next.student : next.teacher;
+        const unsigned off = view.misaligned_bytes();
+        const char* slice = address_of(view, next.begin * kStep) - off;
+        const char* from = slice + (next.begin == 0 && off != 0 ? 16 : 0);
+        const char* end = address_of(view, next.end * kStep) - off + (off != 0 ? 16 : 0);
+        const char* row_end = address_of(view, view.columns);
+        row_end -= reinterpret_cast<uintptr_t>(row_end) % 16;
+        if (row_end < end) end = row_end;
+        if (from < end) {
+          fn(exchange.stage(which) + (from - slice), from, static_cast<unsigned>(end - from));
+        }
+      }
+    };
+    unsigned bytes = 0;
+    each([&](char*, const char*, unsigned size) { bytes += size; });
+    exchange.expect(&ahead.barrier, bytes);
+    each([&](char* to, const char* from, unsigned size) {
+      exchange.copy(to, from, size, &ahead.barrier);
+    });
+    ahead.staged = ahead.row;
+    ++ahead.fetches;
+  }
 
   __device__ bool is_skipped() const { return soft_weight() == 0 && hard_weight() == 0; }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
@@ -138,10 +226,10 @@ class Row {
     if (lane() == 0) shared.warps[warp()] = warp_sums;
     __syncthreads();
     if (warp() == 0) {
-      combine(shared.warps, warps(), shared.total);
+      combine(shared.warps, warps(), shared.total, power());
       if (exchange.size() > 1) {
         exchange.send(shared.total);
-        combine(exchange.parts(), exchange.size(), shared.total);
+        combine(exchange.parts(), exchange.size(), shared.total, power());
       }
       if (lane() == 0) finish(shared.total);
     }
@@ -150,10 +238,10 @@ class Row {
     return shared.total;
   }
 
-  // -log softmax(student)[label], from a sum of 2^(logit scale - frame).
-  __device__ float hard_term(float sum, float frame, float scale, float logit) const {
+  // -log softmax(student)[label], from a sum of 2^(logit scale - frame) to the power.
+  __device__ float hard_term(float sum, float frame, float scale, float logit, int power) const {
     if (!(sum > 0)) return kNaN;
-    return logf(sum) - fmaf(logit, scale, -frame) * kLn2;
+    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -frame) * kLn2;
   }
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.

@@ -22,8 +22,8 @@ struct alignas(16) Sums {
   float excess = 0;                       // sum e_lead phi(x)
   float cross = 0;                        // sum e_lead x
   float lead_moved = 0, other_moved = 0;  // see move()
-  float hard = 0;                         // of the student's exponentials at T = 1 over all classes
-  float label = 0;                        // the student's logit there, from whoever has it
+  float hard = 0;       // of the student's exponentials at T = 1 over all classes, see Row::power()
+  float label = 0;      // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
   float unused[3] = {};
 
@@ -42,12 +42,14 @@ __device__ __forceinline__ float phi_series(float x) {
 
 __device__ __forceinline__ float smaller_square(float x) { return fminf(fabsf(x), x * x); }
 
-// Brings the sums to other frames, which are not below the old ones.
+// Brings the sums to other frames, which are not below the old ones. The hard sum is of powers, 0
+// and 1 alike, of what is relative to its frame: their product would be rounded.
 //
 // The excess of columns that only seem to differ, because the maxima of their two sides do, is
 // large there and small after the move: it has lost what it was large against. lead_moved and
 // other_moved add up how much, so that a divergence small beside them is known to be inexact.
-__device__ inline void move(Sums& s, float lead_frame, float other_frame, float hard_frame) {
+__device__ inline void move(Sums& s, float lead_frame, float other_frame, float hard_frame,
+                            int power) {
   const bool has_lead = s.lead_frame > -kInf, has_other = s.other_frame > -kInf;
   const float down_lead = has_lead ? lead_frame - s.lead_frame : 0.0f;
   const float down_other = has_other ? other_frame - s.other_frame : 0.0f;
@@ -69,12 +71,12 @@ __device__ inline void move(Sums& s, float lead_frame, float other_frame, float 
   s.other = other;
   s.cross = cross;
   const float down_hard = s.hard_frame > -kInf ? hard_frame - s.hard_frame : 0.0f;
-  s.hard *= exp2_approx(-down_hard);
+  s.hard *= exp2_approx(-down_hard * static_cast<float>(max(power, 1)));
 }
 
 // The sum of `count` parts, in the frames of their maxima, to `sum`; all of it in shared memory. By
 // one warp, in a fixed order. Loops, not shuffles: unrolled they were a quarter of a kernel.
-__device__ inline void combine(Sums* parts, int count, Sums& sum) {
+__device__ inline void combine(Sums* parts, int count, Sums& sum, int power) {
   float lead_frame = -kInf, other_frame = -kInf, hard_frame = -kInf;
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
@@ -84,7 +86,8 @@ __device__ inline void combine(Sums* parts, int count, Sums& sum) {
   }
   __syncwarp();
 #pragma unroll 1
-  for (int i = lane(); i < count; i += kLanes) move(parts[i], lead_frame, other_frame, hard_frame);
+  for (int i = lane(); i < count; i += kLanes)
+    move(parts[i], lead_frame, other_frame, hard_frame, power);
   __syncwarp();
   // A lane for each field.
   if (lane() >= Sums::kFrames && lane() < Sums::kFields) {

@@ -22,10 +22,11 @@ from fastkd import ops
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 KERNELS = (ROOT / "csrc" / "cuda" / "kd_rows.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
-EMULATION = (HERE / "cuda_emulation.cpp", HERE / "conversions.cpp")
+EMULATION = tuple(HERE / f"{name}.cpp" for name in ("cuda_emulation", "scheduler", "conversions"))
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DFASTKD_PERSISTENT=1",
     # Contraction to fma as nvcc has it, and what fma takes on this processor.
     *("-ffp-contract=fast", *(["-march=native"] if platform.machine() == "x86_64" else [])),
 ]
@@ -119,6 +120,7 @@ def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
     """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
     flags = [*_flags(), "-O1"]
     kernels = KERNELS[:1] if name == "driver" else ()
+    emulation = () if name == "plan" else EMULATION
 
     def build(folder: Path) -> Path:
         copy = folder / "csrc"
@@ -129,7 +131,7 @@ def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
             assert source.count(text) == 1, f"{fault[0]} has {source.count(text)} times: {text}"
             path.write_text(source.replace(text, instead))
         sources = [copy / "cuda" / kernel.name for kernel in kernels]
-        sources += [*EMULATION, HERE / f"{name}.cpp"]
+        sources += [*emulation, HERE / f"{name}.cpp"]
         _link(folder, sources, flags)
         return folder / "output"
 

@@ -50,6 +50,8 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void store_async(void* to, const void* from, size_t bytes, uint64_t* barrier);
+void copy_async(void* to, const void* from, size_t bytes,
+                uint64_t* barrier);  // read when it arrives
 
 [[noreturn]] void fail(const std::string& what);
 
@@ -135,6 +137,10 @@ T __shfl_xor_sync(unsigned, T value, int mask, emulation::Site site = emulation:
   return emulation::exchange(value, [=](unsigned lane) { return lane ^ mask; }, site);
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int lane, emulation::Site site = emulation::Site::current()) {
+  return emulation::exchange(value, [=](unsigned) { return unsigned(lane); }, site);
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned distance,
                  emulation::Site site = emulation::Site::current()) {
   const auto from = [=](unsigned lane) { return lane >= distance ? lane - distance : lane; };
@@ -191,15 +197,23 @@ inline float exp2_approx(float x) {
   return x == std::floor(x) ? y : emulation::approximate(y, x);
 }
 inline float log2_approx(float x) { return emulation::approximate(std::log2(x), x); }
+inline float unknown(float x) { return x; }
 uint32_t pack_bfloat16(float low, float high);
 uint32_t pack_half(float low, float high);
 float2 unpack_half(uint32_t word);
 
-inline uint4 load_streaming(const void* address) {
+inline uint4 load_streaming(const void* address, bool wanted = true) {
+  if (!wanted) return {};
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("misaligned load");
   uint4 v;
   std::memcpy(&v, address, 16);
   return v;
+}
+inline uint4 load_cached(const void* address, bool wanted = true) {
+  return load_streaming(address, wanted);
+}
+inline uint4 load_anywhere(const void* address, bool wanted = true) {
+  return load_streaming(address, wanted);
 }
 inline void store_streaming(void* address, uint4 v) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("misaligned store");
@@ -239,6 +253,13 @@ T* peer(T* variable, unsigned rank) {
   return reinterpret_cast<T*>(static_cast<char*>(emulation::shared_memory(rank)) + offset);
 }
 inline void mbarrier_init_fence() {}
+inline void copy_async(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
+    emulation::fail("misaligned copy");
+  }
+  peer(static_cast<char*>(to) + (bytes - 1), cluster_rank());  // in shared memory, or fails
+  emulation::copy_async(peer(static_cast<char*>(to), cluster_rank()), from, bytes, barrier);
+}
 inline void store_async(uint4* variable, uint4 v, uint64_t* barrier, unsigned rank) {
   emulation::store_async(peer(variable, rank), &v, sizeof v, peer(barrier, rank));
 }

@@ -10,8 +10,15 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+  cudaFuncAttributeMaxDynamicSharedMemorySize
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -41,7 +48,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulation::places();
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
+           : attribute == cudaDevAttrMultiProcessorCount  ? emulation::places()
+                                                          : 232448;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -54,8 +63,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
   return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
-  *clusters = 1;
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
+                                           const cudaLaunchConfig_t* config) {
+  *clusters = 64 / static_cast<int>(config->attrs->val.clusterDim.x);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

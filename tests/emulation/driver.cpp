@@ -1,8 +1,11 @@
-// A few rows through the kernels without torch, for tests of the emulation itself: prints a line
-// for each case, with a hash of every bit that came out. Arguments: schedule, layout (0 clusters, 1
-// tickets), CTAs that run at one time.
+// A few rows through the kernels without torch, for tests of the emulation itself and for the
+// sanitizers: prints a line for each case, with a hash of every bit that came out. Arguments:
+// schedule, layout (0 clusters, 1 tickets, 2 one persistent cluster, 3 two), CTAs that run at one
+// time, and "few" cases or "all": dtypes, divergences, terms, pruning, lengths and edges.
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "../../csrc/cuda/configuration.h"
@@ -15,70 +18,136 @@ using fastkd::DType;
 using fastkd::KdRows;
 using fastkd::Rows;
 
-constexpr int64_t kN = 4, kV = 1500, kStride = 1512;
+constexpr int64_t kN = 7;
 constexpr float kBeyond = 1e4f;  // would be the largest logit of all
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// float rows with columns beyond V that nobody may read or write.
-struct Matrix {
-  explicit Matrix(unsigned seed) : values(kN * kStride, kBeyond) {
-    for (int64_t i = 0; i < kN * kV; ++i) {
-      seed = seed * 1664525u + 1013904223u;
-      values[i / kV * kStride + i % kV] = static_cast<float>(seed >> 8) * 0x1p-21f - 4;
-    }
-  }
-  Rows rows() { return {values.data(), DType::kFloat, kV, kN, 0, kStride}; }
-  std::vector<float> values;
+// What the hard term is made of, and what else there is.
+enum class Terms { kSoft, kShared, kPower, kOwn, kPruned, kHardOnly, kEnd };
+
+struct Case {
+  DType student = DType::kFloat, teacher = DType::kFloat;
+  double beta = 0;
+  Terms terms = Terms::kSoft;
+  int64_t V = 1500, keep = 1500;
+  bool inplace = false, odd = false;  // odd: infinities and NaN
 };
 
-uint64_t hash(uint64_t seed, const std::vector<float>& values) {
-  for (const float value : values) {
+// Rows with columns beyond V that nobody may read or write, but for the last row, which the memory
+// ends with; and a stride that no row but the first is aligned at.
+struct Matrix {
+  Matrix(unsigned seed, DType dtype, int64_t V, bool odd)
+      : V(V), stride(V + 13 - V % 2), dtype(dtype), bytes((stride * (kN - 1) + V) * size()) {
+    for (int64_t r = 0; r < kN; ++r) {
+      for (int64_t i = 0; i < stride && r * stride + i < stride * (kN - 1) + V; ++i) {
+        seed = seed * 1664525u + 1013904223u;
+        float value = i < V ? static_cast<float>(seed >> 8) * 0x1p-21f - 4 : kBeyond;
+        if (odd && r == 4 && i == V / 2) value = -kInf;
+        if (odd && r == 5 && i == V - 1) value = std::numeric_limits<float>::quiet_NaN();
+        if (odd && r == 6 && i < V / 3) value = -kInf;
+        set(r, i, value);
+      }
+    }
+  }
+  int64_t size() const { return dtype == DType::kFloat ? 4 : 2; }
+  void set(int64_t r, int64_t i, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    seed = (seed ^ bits) * 0x100000001b3u;
+    if (dtype == DType::kBFloat16) bits = fastkd::cuda::pack_bfloat16(value, 0);
+    if (dtype == DType::kHalf) bits = fastkd::cuda::pack_half(value, 0);
+    std::memcpy(bytes.data() + (r * stride + i) * size(), &bits, static_cast<size_t>(size()));
+  }
+  Rows rows() { return {bytes.data(), dtype, V, kN, 0, stride}; }
+  // Of row r, column i on.
+  std::vector<char> part(int64_t r, int64_t i, int64_t end) const {
+    const char* row = bytes.data() + r * stride * size();
+    return {row + i * size(), row + end * size()};
+  }
+
+  const int64_t V, stride;
+  const DType dtype;
+  std::vector<char> bytes;
+};
+
+template <class T>
+uint64_t hash(uint64_t seed, const std::vector<T>& values) {
+  const char* bytes = reinterpret_cast<const char*>(values.data());
+  for (size_t i = 0; i < values.size() * sizeof(T); ++i) {
+    seed = (seed ^ static_cast<unsigned char>(bytes[i])) * 0x100000001b3u;
   }
   return seed;
 }
 
-void run(double beta, int64_t keep, bool own_hard) {
-  Matrix student(1), teacher(2), gradient(3);
-  const std::vector<float> ones(kN, 1), inverse(kN, own_hard ? 0.5f : 1.0f);
-  const std::vector<int64_t> labels{3, 700, -1, 1499};
-  std::vector<float> weight{1, 1, 1, 0}, soft(kN, -7), hard(kN, -7);
+void run(const Case& c) {
+  Matrix student(1, c.student, c.V, c.odd), teacher(2, c.teacher, c.V, c.odd);
+  Matrix gradient(3, c.student, c.V, false);
+  const float T = c.terms == Terms::kPower ? 3 : c.terms == Terms::kOwn ? 2.5f : 1;
+  const std::vector<float> ones(kN, 1), inverse(kN, 1 / T), weight{1, 1, 1, 0, 1, 2, 3};
+  std::vector<int64_t> labels{3, 700, -1, 1499, 0, 256, 1300};
+  for (auto& label : labels) label = std::min(label, c.V - 1);
+  std::vector<float> soft(kN, -7), hard(kN, -7);
   KdRows call;
   call.student = student.rows();
   call.teacher = teacher.rows();
-  call.dstudent = gradient.rows();
+  Matrix& written = c.inplace ? student : gradient;
+  const Matrix before = written;
+  call.dstudent = written.rows();
   call.labels = labels.data();
   call.student_inv_temperature = inverse.data();
   call.teacher_inv_temperature = ones.data();
-  call.soft_weight = call.hard_weight = weight.data();
+  if (c.terms != Terms::kHardOnly) call.soft_weight = weight.data();
+  if (c.terms != Terms::kSoft) call.hard_weight = weight.data();
   call.soft = soft.data();
   call.hard = hard.data();
   call.N = kN;
-  call.keep = keep;
-  call.vocab_size = kV;
-  call.beta = beta;
-  std::vector<uint4> workspace(fastkd::cuda::workspace_bytes(call) / 16 + 1, {~0u, ~0u, ~0u, ~0u});
+  call.keep = c.keep;
+  call.vocab_size = c.V;
+  call.beta = c.beta;
+  std::vector<uint4> workspace((fastkd::cuda::workspace_bytes(call) + 15) / 16,
+                               {~0u, ~0u, ~0u, ~0u});
   const char* error = fastkd::cuda::kd_rows(call, workspace.data(), nullptr);
   if (error != nullptr) {
     std::printf("%s\n", error);
     return;
   }
-  for (int64_t i = 0; i < kN * kStride; ++i) {
-    if (i % kStride >= kV && gradient.values[i] != kBeyond) {
-      std::printf("column %d of row %d is written\n", int(i % kStride), int(i / kStride));
+  for (int64_t r = 0; r + 1 < kN; ++r) {
+    if (written.part(r, c.V, written.stride) != before.part(r, c.V, written.stride)) {
+      std::printf("row %d is written beyond its end\n", int(r));
       return;
     }
   }
-  std::printf("beta %g keep %d: %016llx soft %.6f hard %.6f\n", beta, static_cast<int>(keep),
-              static_cast<unsigned long long>(hash(hash(hash(0, soft), hard), gradient.values)),
+  std::printf("beta %g terms %d V %d: %016llx soft %.6f hard %.6f\n", c.beta,
+              static_cast<int>(c.terms), static_cast<int>(c.V),
+              static_cast<unsigned long long>(hash(hash(hash(0, soft), hard), written.bytes)),
               soft[0], hard[0]);
+}
+
+void run_all() {
+  constexpr DType kFloat = DType::kFloat, kBFloat16 = DType::kBFloat16, kHalf = DType::kHalf;
+  const DType dtypes[][2] = {{kFloat, kFloat},
+                             {kBFloat16, kBFloat16},
+                             {kHalf, kHalf},
+                             {kFloat, kHalf},
+                             {kBFloat16, kFloat}};
+  const int64_t lengths[] = {1500, 9, 513, 1024, 2300};
+  int index = 0;
+  for (const auto& [student, teacher] : dtypes) {
+    for (const double beta : {0.0, 1.0, 0.5}) {
+      for (int terms = 0; terms < static_cast<int>(Terms::kEnd); ++terms, ++index) {
+        Case c{student, teacher, beta, static_cast<Terms>(terms), lengths[index % 5]};
+        c.keep = c.terms == Terms::kPruned ? std::max<int64_t>(c.V / 4, 1) : c.V;
+        c.inplace = index % 2 == 0;
+        c.odd = index % 3 == 0;
+        run(c);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) return 2;
+  if (count != 5) return 2;
   const int schedule = std::atoi(arguments[1]), places = std::atoi(arguments[3]);
   emulation::configure(schedule == 0   ? emulation::Schedule::kForward
                        : schedule == 1 ? emulation::Schedule::kReverse
@@ -87,9 +156,15 @@ int main(int count, char** arguments) {
   fastkd::cuda::Limits limits;
   limits.threads = 64;
   limits.steps = 2;
-  (std::atoi(arguments[2]) == 0 ? limits.tickets : limits.cluster) = 0;
+  const int layout = std::atoi(arguments[2]);
+  (layout == 1 ? limits.cluster : limits.tickets) = 0;
+  limits.persistent = std::max(layout - 1, 0);
   fastkd::cuda::set_limits(limits);
-  run(0, kV, false);
-  run(1, 400, true);
-  run(0.5, kV, true);
+  if (std::string(arguments[4]) == "all") {
+    run_all();
+    return 0;
+  }
+  run({.terms = Terms::kShared});
+  run({.beta = 1, .terms = Terms::kPruned, .keep = 400});
+  run({.beta = 0.5, .terms = Terms::kPower});
 }
