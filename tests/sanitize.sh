@@ -42,7 +42,7 @@ export LD_PRELOAD="$LD_PRELOAD $(g++ -print-file-name=libstdc++.so)"
 python -c 'import fastkd, sys; print(fastkd.__file__); sys.exit(bool(fastkd.backends()["cpu"]))' ||
   fail "the kernel does not load"
 if [ -n "$few" ]; then
-  FASTKD_EMULATION=0 run tests/test_edges.py tests/test_backends.py -k "cpu and not cpu-avx2 and not cpu-baseline" "$@" ||
+  FASTKD_EMULATION=0 run tests/test_edges.py tests/test_backends.py tests/test_decoupled.py tests/test_sparse.py -k "cpu and not cpu-avx2 and not cpu-baseline" "$@" ||
     fail "FAILED, see above"
 else
   # Not what runs no kernel of ours. Without optimisation all instruction sets round alike, so that

@@ -14,11 +14,14 @@ import fastkd
 from fastkd import cuda, ops
 
 CPU, FLOAT, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
-NATIVE = (torch.ops.fastkd.kd_rows.default, torch.ops.fastkd.scale_rows_.default)
-REFERENCE = (
-    torch.ops.fastkd.kd_rows_reference.default,
-    torch.ops.fastkd.scale_rows_reference_.default,
-)
+
+
+def _ops(suffix: str = "") -> ops.Ops:
+    names = (f"kd_rows{suffix}", f"scale_rows{suffix}_", f"topk_rows{suffix}")
+    return ops.Ops(*(getattr(torch.ops.fastkd, name).default for name in names))
+
+
+NATIVE, REFERENCE = _ops(), _ops("_reference")
 WHEEL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
 
 

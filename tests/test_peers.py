@@ -77,8 +77,12 @@ def test_3_longer_teacher_is_not_truncated_silently(backend, extra):
     with pytest.raises(ValueError, match="vocab_size"):
         kd_loss(s.to(backend.device), t.to(backend.device), backend=backend.name)
     t[:, 50:] = 100.0  # asked for, they are left out of the teacher's softmax
-    assert torch.equal(
-        loss_of(backend, s, t, vocab_size=50), loss_of(backend, s, t[:, :50].contiguous())
+    # Rows that lie otherwise in memory may be added up in another order.
+    torch.testing.assert_close(
+        loss_of(backend, s, t, vocab_size=50),
+        loss_of(backend, s, t[:, :50].contiguous()),
+        rtol=1e-6,
+        atol=0,
     )
 
 
