@@ -173,6 +173,14 @@ def test_ignored_rows_inplace_and_reductions(backend):
     assert torch.equal(logits.grad, expected)
 
 
+def test_weights_that_are_all_0(backend):
+    z, v = pair(3, 40)
+    v[0, 3] = -INF
+    options = {"alpha": 0.0, "beta": 0.0, "backend": backend.name}
+    loss, grad = gradient(dkd_loss, z, v, some_labels(3, 40), **options)
+    assert loss == 0 and (grad == 0).all()
+
+
 def test_half_precision_does_not_underflow(backend):
     z, v = pair(2, 5003, dtype=torch.float16)
     y = some_labels(2, 5003)
