@@ -38,6 +38,16 @@ def _is_view(rows: Tensor, logits: Tensor) -> bool:
 _SERIAL_SUM = 16384
 
 
+def _weighted_sum(rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_r rows_r weight_r, a scalar; the same bits whatever the number of threads."""
+    if rows.numel() > _SERIAL_SUM:
+        weighted = (rows * weight).split(_SERIAL_SUM)
+        return torch.stack([part.sum() for part in weighted]).sum()
+    if rows.is_cpu:  # one op for two, 4 of a call's 60 us; as exact: 1.2e-7 against 1.5e-7 here
+        return torch.dot(rows, weight)
+    return (rows * weight).sum()
+
+
 class Term(NamedTuple):
     """One term of the rows. It stays out of the sum where it has no part in the loss: 0 times an
     infinite term would be NaN."""
@@ -150,29 +160,28 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
         student.copy_(dstudent_rows.view_as(student))
 
-    def reduce(rows: Tensor) -> Tensor:
+    def total(rows: Tensor, weight: Tensor) -> Tensor:
         if request.per_row:
-            return rows.view(student.shape[:-1])
-        if rows.shape[0] <= _SERIAL_SUM:
-            return rows.sum()
-        return torch.stack([part.sum() for part in rows.split(_SERIAL_SUM)]).sum()
+            return (rows * weight).view(student.shape[:-1])
+        return _weighted_sum(rows, weight)
 
-    loss = None
     values = (soft, hard, target)
+    loss = None
     for i in range(3):
         if terms[i].counts:
             rows, weight = values[i], weights[i]
             assert rows is not None and weight is not None, "what counts was computed"
-            loss = rows * weight if loss is None else torch.addcmul(loss, rows, weight)
+            loss = total(rows, weight) if loss is None else loss + total(rows, weight)
     if loss is None:  # every weight is 0, as a schedule may have it
-        loss = torch.zeros_like(inv_temperature)
+        zero = torch.zeros_like(inv_temperature)
+        loss = total(zero, zero)
     if not request.terms:
-        return (reduce(loss), None, None, None), scale
+        return (loss, None, None, None), scale
     soft_term, hard_term, target_term = (
-        None if term.scale is None else reduce(rows * term.scale)
+        None if rows is None or term.scale is None else total(rows, term.scale)
         for rows, term in zip(values, terms, strict=True)
     )
-    return (reduce(loss), soft_term, hard_term, target_term), scale
+    return (loss, soft_term, hard_term, target_term), scale
 
 
 # Whether the running backward retains its graph, so that what it saved is needed again.
@@ -231,7 +240,6 @@ class _KDTerms(torch.autograd.Function):
                 "student_logits and was handed out by the first: pass inplace=False"
             )
         (dstudent,) = ctx.saved_tensors
-        dstudent = dstudent.detach()
         if ctx.per_row or ctx.scale is not None:
             dloss = dloss.reshape(-1)  # [N], or [1] beside a scale of [N]
         if ctx.scale is not None:
@@ -241,12 +249,13 @@ class _KDTerms(torch.autograd.Function):
                 dloss = dloss.view(*dstudent.shape[:-1], 1)
             return (dstudent * dloss).to(dstudent.dtype), None
         if ctx.inplace:
+            dstudent = dstudent.detach()  # it is the student, which has a graph
             ctx.spent = True
         elif _keeps_graph():
             dstudent = dstudent.clone()
         rows = as_rows(dstudent)
         ctx.ops.scale_rows_(rows, dloss.contiguous())
-        if not _is_view(rows, dstudent):
+        if rows is not dstudent and not _is_view(rows, dstudent):
             dstudent.copy_(rows.view_as(dstudent))
         return dstudent, None
 

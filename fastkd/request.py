@@ -37,6 +37,7 @@ def _inverse_and_square(
 
 
 def _row_scales(
+    N: int,
     like: Tensor,  # [N]
     squared_temperature: float | Tensor,  # [N]
     counting: Tensor | None,  # [N] bool
@@ -60,13 +61,13 @@ def _row_scales(
         elif counting is not None:
             divisor = counting.sum().clamp_min(1)
         else:
-            divisor = max(like.shape[0], 1)
+            divisor = max(N, 1)
     weights = counting if token_weights is None else token_weights.detach()
     if weights is None and not isinstance(divisor, Tensor):
         if isinstance(squared_temperature, Tensor):
             return squared_temperature / divisor, None
         scale = squared_temperature / divisor
-        return _filled(scale, like.shape[0], like, like.dtype), None
+        return _filled(scale, N, like, like.dtype), None
     hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
     if counting is not None and token_weights is not None:
         hard = torch.where(counting, hard, 0)
@@ -144,7 +145,7 @@ def request(
         teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, student_logits, dtype)
     counting = None if labels is None else labels != ignore_index
     soft_scale, hard_scale = _row_scales(
-        student_inverse, squared, counting, token_weights, num_items, reduction
+        N, student_inverse, squared, counting, token_weights, num_items, reduction
     )
     decoupled, probs = target is not None, teacher_kind == "probs"
     wants_soft = soft > 0 or return_terms or decoupled
