@@ -19,7 +19,7 @@ TEACHER_KINDS = ("logits", "probs")
 
 def on_host(tensor: Tensor) -> bool:
     """Whether the values may be looked at without a device sync or a graph break."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if not tensor.is_cpu or torch.compiler.is_compiling():
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor holds no values
 

@@ -18,9 +18,9 @@ def as_rows(logits: Tensor) -> Tensor:
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         logits = logits.contiguous()
     dim = logits.dim()
-    if dim > 3:
-        return logits.flatten(0, -3)
-    return logits if dim > 1 else logits.unsqueeze(0)
+    if 2 <= dim <= 3:
+        return logits
+    return logits.flatten(0, -3) if dim > 3 else logits.unsqueeze(0)
 
 
 def _is_view(rows: Tensor, logits: Tensor) -> bool:
@@ -118,41 +118,53 @@ def _float16_scale(
 
 def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
     """Launch the kernel and reduce its rows; returns the terms and what `dstudent` is scaled by."""
-    inv_temperature = request.student_inv_temperature
     terms = (request.soft, request.hard, request.target)
-    scaled = weights = (terms[0].weight, terms[1].weight, terms[2].weight)
+    weights = (request.soft.weight, request.hard.weight, request.target.weight)
+    soft_weight, hard_weight, target_weight = weights
+    inv_temperature = request.student_inv_temperature
     scale = None
     if dstudent is not None and dstudent.dtype == torch.float16:
         scale = _float16_scale(inv_temperature, *weights, beta=request.beta)
-        scaled = tuple(w if w is None else w * scale for w in weights)  # type: ignore[assignment]
+        soft_weight, hard_weight, target_weight = (
+            None if weight is None else weight * scale for weight in weights
+        )
     student_rows = as_rows(student)
     dstudent_rows = None
     if dstudent is not None:
         dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
-    target = None if scaled[2] is None else torch.empty_like(inv_temperature)
-    vectors = (inv_temperature, request.teacher_inv_temperature, scaled[0], scaled[1])
+    target = None
     if isinstance(request.teacher, SparseTeacher):
-        *teacher, restricted = request.teacher
+        ids, log_probs, log_rest, restricted = request.teacher
         soft, hard = request.ops.topk_rows(
             student_rows,
-            *teacher,
+            ids,
+            log_probs,
+            log_rest,
             request.labels,
-            *vectors,
+            inv_temperature,
+            request.teacher_inv_temperature,
+            soft_weight,
+            hard_weight,
             dstudent_rows,
             request.vocab_size,
             restricted,
         )
     else:
+        if target_weight is not None:
+            target = torch.empty_like(inv_temperature)
         soft, hard = request.ops.kd_rows(
             student_rows,
             as_rows(request.teacher),
             request.labels,
-            *vectors,
+            inv_temperature,
+            request.teacher_inv_temperature,
+            soft_weight,
+            hard_weight,
             dstudent_rows,
             request.keep,
             request.vocab_size,
             request.beta,
-            scaled[2],
+            target_weight,
             target,
             request.teacher_probs,
         )
@@ -167,11 +179,11 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
 
     values = (soft, hard, target)
     loss = None
-    for i in range(3):
-        if terms[i].counts:
-            rows, weight = values[i], weights[i]
-            assert rows is not None and weight is not None, "what counts was computed"
-            loss = total(rows, weight) if loss is None else loss + total(rows, weight)
+    for rows, term in zip(values, terms, strict=True):
+        if term.counts:
+            assert rows is not None and term.weight is not None, "what counts was computed"
+            part = total(rows, term.weight)
+            loss = part if loss is None else loss + part
     if loss is None:  # every weight is 0, as a schedule may have it
         zero = torch.zeros_like(inv_temperature)
         loss = total(zero, zero)
