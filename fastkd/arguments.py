@@ -221,15 +221,17 @@ def check_labels(
     return flat
 
 
-def check_temperature(name: str, temperature: float | Tensor, student: Tensor) -> float | Tensor:
-    """A finite number > 0, or a flat tensor [N] of them."""
+def check_temperature(
+    name: str, temperature: float | Tensor, student: Tensor, limit: bool = False
+) -> float | Tensor:
+    """A finite number > 0, or a flat tensor [N] of them; with `limit` the number may be inf."""
     if not isinstance(temperature, Tensor):
         if not is_number(temperature):
             raise TypeError(
                 f"{name} must be a number or a tensor of one per row, "
                 f"got {type(temperature).__name__}"
             )
-        if not 0 < temperature < math.inf:
+        if not 0 < temperature < math.inf and not (limit and temperature == math.inf):
             raise ValueError(f"{name} must be finite and > 0, got {temperature}")
         return float(temperature)
     if not temperature.is_floating_point():
@@ -240,6 +242,22 @@ def check_temperature(name: str, temperature: float | Tensor, student: Tensor) -
         if bad.any():
             raise ValueError(f"{name} must be finite and > 0, got {flat[bad][0].item()}")
     return flat
+
+
+def check_limit(temperature: float | Tensor, teacher_temperature: float | Tensor | None) -> bool:
+    """Whether T is infinite, which it has to be on both sides: else there is no limit of T^2 D."""
+
+    def infinite(value: float | Tensor) -> bool:
+        return isinstance(value, float) and value == math.inf
+
+    if teacher_temperature is None:
+        return infinite(temperature)
+    if infinite(temperature) != infinite(teacher_temperature):
+        raise ValueError(
+            "temperature and teacher_temperature must both be infinite or both finite, got "
+            f"{temperature} and {teacher_temperature}"
+        )
+    return infinite(temperature)
 
 
 def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> int:

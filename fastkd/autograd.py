@@ -107,8 +107,8 @@ def _float16_scale(
     """
     bound = torch.zeros_like(inv_temperature)
     for weight in (soft, target):
-        if weight is not None:
-            bound = bound + weight.abs() * inv_temperature
+        if weight is not None:  # at T = infinity it counts as it is
+            bound = bound + weight.abs() * inv_temperature.masked_fill(inv_temperature == 0, 1)
     if hard is not None:
         bound = bound + hard.abs()
     _, exponent = torch.frexp(bound)

@@ -1,5 +1,7 @@
 """What every loss has in common: arguments -> rows, weights and reduction. All of the policy."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from .arguments import (
     check_inplace,
     check_keep,
     check_labels,
+    check_limit,
     check_logits,
     check_reduction,
     check_rows,
@@ -28,9 +31,13 @@ def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _inverse_and_square(
     temperature: float | Tensor, N: int, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float | Tensor]:
-    """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable."""
+    """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable.
+
+    An infinite T has an inverse of 0, by which the kernels know the limit: it includes T^2.
+    """
     if not isinstance(temperature, Tensor):
-        return _filled(1 / temperature, N, logits, dtype), temperature * temperature
+        squared = 1.0 if temperature == math.inf else temperature * temperature
+        return _filled(1 / temperature, N, logits, dtype), squared
     temperature = temperature.detach().to(dtype)
     usable = (temperature > 0) & (temperature < torch.inf)
     return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
@@ -128,11 +135,13 @@ def request(
     check_teacher_kind(teacher_kind)
     check_reduction(reduction, num_items)
     labels = check_labels(labels, student_logits, vocab, ignore_index)
-    temperature = check_temperature("temperature", temperature, student_logits)
+    has_limit = target is None and not sparse
+    temperature = check_temperature("temperature", temperature, student_logits, has_limit)
     if teacher_temperature is not None:
         teacher_temperature = check_temperature(
-            "teacher_temperature", teacher_temperature, student_logits
+            "teacher_temperature", teacher_temperature, student_logits, has_limit
         )
+    limit = check_limit(temperature, teacher_temperature)
     if token_weights is not None:
         token_weights = check_rows("token_weights", token_weights, student_logits)
     if inplace:
@@ -166,6 +175,6 @@ def request(
         probs,
         inplace,
         ops.choose_backend(
-            backend, student_logits.device, dtype, plain=not (decoupled or probs or sparse)
+            backend, student_logits.device, dtype, plain=not (decoupled or probs or sparse or limit)
         ),
     )

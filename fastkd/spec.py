@@ -13,12 +13,16 @@ Decoupled, with `target_weight`: the label joins K, soft is taken over K without
 
     target = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
 
+At T = infinity on both sides, given as an inverse of 0, soft stands for the limit of T^2 D:
+
+    soft = c sum_K (d - mean d)^2 / (2 |K|)     d = z - v; c = 1, of a mixture beta (1 - beta)
+
 With `teacher_probs` the teacher's row holds probabilities P: v = log P.
 
 Weights, T^2, means and masks are folded into one weight per row and term by the caller
-(:mod:`fastkd.loss`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax and
-T^2; Agarwal et al. 2024 (arXiv:2306.13649) for beta; Zhao et al. 2022 (arXiv:2203.08679) for the
-decoupled terms.
+(:mod:`fastkd.request`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax,
+T^2 and its limit; Agarwal et al. 2024 (arXiv:2306.13649) for beta; Zhao et al. 2022
+(arXiv:2203.08679) for the decoupled terms.
 """
 
 import torch
@@ -82,6 +86,24 @@ def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, 
     divergence = divergence.masked_fill(~kept.any(-1, keepdim=True), NAN)  # no class, no p
     lost = divergence.isnan() | ((divergence == INF) & (beta == 1))
     return divergence.squeeze(-1), gradient.masked_fill(lost, NAN)
+
+
+def logit_match(z: Tensor, v: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The limit of T^2 D [N] at T = infinity, and its gradient with respect to z [N, V].
+
+    Infinite, and without a gradient, where a class has a logit on one side only.
+    """
+    kept = kept & ~((z == -INF) & (v == -INF))
+    count = kept.sum(-1, keepdim=True)
+    d = (z - v).masked_fill(~kept, 0)
+    d = (d - d.sum(-1, keepdim=True) / count).masked_fill(~kept, 0)
+    curvature = 1 if beta in (0, 1) else beta * (1 - beta)
+    value = curvature * d.square().sum(-1, keepdim=True) / (2 * count)
+    nowhere = kept & ((z == INF) | (v == INF))
+    one_sided = kept & ((z == -INF) | (v == -INF))
+    value = value.masked_fill(one_sided.any(-1, keepdim=True), INF)
+    value = value.masked_fill(nowhere.any(-1, keepdim=True) | (count == 0), NAN)
+    return value.squeeze(-1), (curvature * d / count).masked_fill(~value.isfinite(), NAN)
 
 
 def target_term(
@@ -217,8 +239,14 @@ def _kd_rows(
         y = v * teacher_inv_temperature.unsqueeze(-1)
         kept = kept_classes(v, keep)
         bad = lost | v.isnan().any(-1)
+        slope = student_inv_temperature
         if target_weight is None:
             soft, dx = soft_term(x, y, kept, beta)
+            limit = student_inv_temperature == 0
+            soft_limit, dz = logit_match(z, v, kept, beta)
+            soft = torch.where(limit, soft_limit, soft)
+            dx = torch.where(limit.unsqueeze(-1), dz, dx)
+            slope = slope.masked_fill(limit, 1)
         else:
             assert labels is not None, "the decoupled terms need labels"
             index = torch.where(lost, 0, labels).unsqueeze(-1)
@@ -231,7 +259,7 @@ def _kd_rows(
             )
             gradient = add(gradient, target_weight * student_inv_temperature, dtarget)
         soft, dx = soft.masked_fill(bad, NAN), dx.masked_fill(bad.unsqueeze(-1), NAN)
-        gradient = add(gradient, soft_weight * student_inv_temperature, dx)
+        gradient = add(gradient, soft_weight * slope, dx)
     if hard_weight is not None:
         assert labels is not None, "the hard term needs labels"
         hard, dz = hard_term(z, labels)

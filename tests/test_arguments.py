@@ -81,7 +81,14 @@ BAD = {
     **{
         f"{name} {value}": ({name: value}, ValueError, [name, str(value)])
         for name in ("temperature", "teacher_temperature")
-        for value in (0.0, 0, -1.0, NAN, INF)
+        for value in (0.0, 0, -1.0, NAN, -INF)
+    },
+    **{
+        f"{name} alone infinite": ({name: INF, other: 2.0}, ValueError, [name, other, "inf", "2.0"])
+        for name, other in (
+            ("temperature", "teacher_temperature"),
+            ("teacher_temperature", "temperature"),
+        )
     },
     "temperature str": ({"temperature": "2"}, TypeError, ["temperature", "str"]),
     "temperature None": ({"temperature": None}, TypeError, ["temperature", "NoneType"]),

@@ -72,7 +72,8 @@ class Row {
       if (!(sum > 0)) hard = kNaN<T>;
     }
     if (!wants_gradient()) return;
-    const bool soft_bad = std::isnan(soft) || (call_.beta == 1 && std::isinf(soft));
+    const bool lost_if_infinite = call_.beta == 1 || soft_.matches_logits();
+    const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
     if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
       fill(kNaN<T>);
     } else {

@@ -3,6 +3,7 @@
 #pragma once
 #include "decoupled.h"
 #include "kept_columns.h"
+#include "logit_match.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -24,7 +25,8 @@ class SoftTerm {
         target_weight_(target_weight),
         student_inverse_(static_cast<const T*>(call.student_inv_temperature)[row]),
         reverse_(call.beta == 1),
-        mixed_(call.beta > 0 && call.beta < 1) {
+        mixed_(call.beta > 0 && call.beta < 1),
+        match_(work) {
     const T teacher_inverse = static_cast<const T*>(call.teacher_inv_temperature)[row];
     inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse}
                         : Temperatures<T>{teacher_inverse, student_inverse_};
@@ -37,6 +39,9 @@ class SoftTerm {
   bool has_gradient() const {
     return call_.dstudent.data != nullptr && (weight_ != 0 || target_weight_ != 0);
   }
+
+  // At T = infinity, where an infinite value leaves no gradient.
+  bool matches_logits() const { return student_inverse_ == 0; }
 
   // The classes that take part. To be called before any is read.
   void prune() {
@@ -56,6 +61,9 @@ class SoftTerm {
     if (!valid_) return kNaN<T>;
     for (int64_t begin = 0; classes() && begin < columns(); begin += kChunk) {
       read_first(columns_.load(begin, std::min(kChunk, columns() - begin)), begin);
+    }
+    if (valid_ && matches_logits()) {
+      return static_cast<T>(curvature() * match_.finish(columns()));
     }
     read_again();
     if (!valid_) return kNaN<T>;
@@ -85,6 +93,10 @@ class SoftTerm {
   // weight, and `hard_weight` times q besides.
   Factors factors(int64_t index, double hard_weight) const {
     if (!has_gradient()) return {};
+    if (matches_logits()) {
+      const double weight = curvature() * weight_;
+      return {static_cast<T>(weight * match_.a()), static_cast<T>(weight * match_.b())};
+    }
     if (target_weight_ != 0) hard_weight -= target_share() * target_.delta;
     const double weight = empty_ ? 0 : double{weight_} * student_inverse_;
     const Frame<T> frame = work_.soft_frames()[index];
@@ -111,7 +123,16 @@ class SoftTerm {
 
   using Chunk = typename KeptColumns<T>::Chunk;
 
+  // Of the divergence at p = q, beside that of KL.
+  double curvature() const { return mixed_ ? call_.beta * (1 - call_.beta) : 1; }
+
   void read_first(const Chunk& chunk, int64_t begin) {
+    if (matches_logits()) {
+      valid_ &= !has_nan(chunk.student, chunk.n);
+      match_.read(chunk.student, chunk.teacher, begin, chunk.n,
+                  columns_.masked() ? columns_.threshold() : -kInf<T>);
+      return;
+    }
     if (begin == 0 && !columns_.masked()) sums_.frame = frame_of(chunk);
     sums_.add(read_chunk(chunk, begin));
     work_.soft_frames()[begin / kChunk] = sums_.frame;
@@ -339,6 +360,7 @@ class SoftTerm {
   double log_ratio_ = 0;     // ln(Z_other / Z_lead) in the row's frame
   double divergence_ = 0;    // unweighted
   double from_student_ = 0;  // KL(q || m)
+  LogitMatch<T> match_;
   Binary target_;
   bool empty_ = false;  // but for the label, a side has no finite logit
 };
