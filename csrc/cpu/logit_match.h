@@ -9,8 +9,8 @@ template <class T>
 struct Differences {
   T sum = 0, count = 0, open = 0;
 };
-// difference[i] = z - v and present[i] = 1; both 0 where there is no class. `open`: how many classes
-// have a logit on one side only.
+// difference[i] = z - v and present[i] = 1; both 0 where there is no class. `open`: how many
+// classes have a logit on one side only.
 template <class T>
 FASTKD_LOOP Differences<T> differences(const T* __restrict student, const T* __restrict teacher,
                                        int64_t n, T threshold, T* __restrict difference,
@@ -68,8 +68,8 @@ class LogitMatch {
     const T mean = static_cast<T>(sum_ / count_);
     double second = 0;
     for (int64_t begin = 0; begin < columns; begin += kChunk) {
-      const Moments<T> chunk = centre(work_.a() + begin, work_.b() + begin,
-                                      std::min(kChunk, columns - begin), mean);
+      const Moments<T> chunk =
+          centre(work_.a() + begin, work_.b() + begin, std::min(kChunk, columns - begin), mean);
       rest_ += chunk.first;
       second += chunk.second;
     }
