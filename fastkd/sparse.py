@@ -80,7 +80,7 @@ def _merged(ids: Tensor, log_probs: Tensor, vocab: int) -> tuple[Tensor, Tensor]
 
 
 def _in_order(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    ids, order = ids.sort(stable=True, dim=-1)
+    ids, order = ids.sort(dim=-1)
     return ids, log_probs.gather(-1, order)
 
 
@@ -95,16 +95,15 @@ def _sparse_teacher(
     ids = ids.detach().reshape(-1, k).to(torch.int64)
     log_probs = log_probs.detach().reshape(-1, k).to(dtype)
     seen = on_host(ids)  # and found to be classes, or -1
-    absent = ids == -1
-    if not seen:
-        outlying = (ids < -1) | (ids >= vocab)
-        log_probs = log_probs.masked_fill(outlying.any(-1, keepdim=True), torch.nan)
-        absent = absent | outlying
-    if not seen or absent.any():
-        ids = ids.masked_fill(absent, vocab)
-    ids, log_probs = _in_order(ids, log_probs)
-    if not seen or ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < vocab)).any():
-        ids, log_probs = _merged(ids, log_probs, vocab)
+    if not seen or not ((ids[:, 1:] > ids[:, :-1]).all() and (ids[:, 0] >= 0).all()):
+        absent = ids == -1
+        if not seen:
+            outlying = (ids < -1) | (ids >= vocab)
+            log_probs = log_probs.masked_fill(outlying.any(-1, keepdim=True), torch.nan)
+            absent = absent | outlying
+        ids, log_probs = _in_order(ids.masked_fill(absent, vocab), log_probs)
+        if not seen or ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < vocab)).any():
+            ids, log_probs = _merged(ids, log_probs, vocab)
 
     log_rest = None
     if outside == "bucket":

@@ -275,11 +275,26 @@ FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, 
   }
 }
 
+template <class T>
+FASTKD_LOOP bool all_normal(const T* values, int64_t n) {
+  T others = 0;
+#pragma omp simd reduction(+ : others)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool normal = values[i] >= std::numeric_limits<T>::min() && values[i] < kInf<T>;
+    others += normal ? T(0) : T(1);
+  }
+  return others == 0;
+}
+template <bool kNormal, class T>
+FASTKD_LOOP void logarithms_of(const T* values, int64_t n, T* logs) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) logs[i] = logarithm<kNormal>(values[i]);
+}
 // The logarithms of probabilities, perhaps where they stand.
 template <class T>
-FASTKD_LOOP void logarithms(const T* values, int64_t n, T* logs) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) logs[i] = logarithm(values[i]);
+void logarithms(const T* values, int64_t n, T* logs) {
+  all_normal(values, n) ? logarithms_of<true>(values, n, logs)
+                        : logarithms_of<false>(values, n, logs);
 }
 
 // NaN anywhere in a chunk.
@@ -306,6 +321,16 @@ FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n, Ahead ahead) {
   }
   for (; i < n; ++i) nans |= is_nan(values[i]);
   return nans != 0;
+}
+
+// The same of the first n columns of a row.
+inline bool row_has_nan(const Rows& rows, int64_t row, int64_t n, Ahead ahead) {
+  bool found = false;
+  dispatch(rows.dtype, [&](auto* stored) {
+    using Stored = std::remove_pointer_t<decltype(stored)>;
+    found = has_nan_stored(static_cast<const Stored*>(rows.data) + rows.offset(row), n, ahead);
+  });
+  return found;
 }
 
 // The mixture's two divergences, from a = e_teacher and b = e_student - e_teacher. With y = (q - p)

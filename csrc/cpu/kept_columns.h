@@ -30,7 +30,9 @@ class KeptColumns {
     threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a(), work_.b());
     if (std::isnan(threshold_)) return false;  // a NaN leaves the teacher without an order
     const int64_t few = columns_ / 32;
-    if (call_.keep <= few && gather(few)) return !row_has_nan();
+    if (call_.keep <= few && gather(few)) {
+      return !row_has_nan(call_.student, row_, call_.vocab_size, ahead(0));
+    }
     masked_ = true;
     return true;
   }
@@ -115,18 +117,6 @@ class KeptColumns {
   T student_at(int64_t column) const {
     T value;
     return *load_columns<T>(call_.student, row_, column, 1, &value);
-  }
-
-  // A NaN in the student's logits, of which this is then the only reading.
-  bool row_has_nan() const {
-    bool found = false;
-    dispatch(call_.student.dtype, [&](auto* stored) {
-      using Stored = std::remove_pointer_t<decltype(stored)>;
-      const auto* student =
-          static_cast<const Stored*>(call_.student.data) + call_.student.offset(row_);
-      found = has_nan_stored(student, call_.vocab_size, ahead(0));
-    });
-    return found;
   }
 
   const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {

@@ -107,18 +107,24 @@ FASTKD_INLINE float log_remainder(float f) {
 }
 constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
 
-// ln x; -inf for 0, NaN for what is negative, no number or infinite.
+// ln x; -inf for 0, NaN for what is negative, no number or infinite. kNormal: x is a normal number
+// > 0, half of the instructions.
+template <bool kNormal>
 FASTKD_INLINE float logarithm(float x) {
-  const bool small = x < 0x1p-126f;
+  const bool small = !kNormal && x < 0x1p-126f;
   const int32_t bits = static_cast<int32_t>(to_bits(small ? x * 0x1p23f : x));
   const int32_t k = (bits - kSqrtHalf) >> 23;
   const float f = from_bits(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
   const float log =
       f - f * f * log_remainder(f) + static_cast<float>(small ? k - 23 : k) * kLn2<float>;
+  if constexpr (kNormal) return log;
   const float defined = x > 0 && x < kInf<float> ? log : kNaN<float>;
   return x == 0 ? -kInf<float> : defined;
 }
-FASTKD_INLINE double logarithm(double x) { return x < kInf<double> ? std::log(x) : kNaN<double>; }
+template <bool kNormal>
+FASTKD_INLINE double logarithm(double x) {
+  return x < kInf<double> ? std::log(x) : kNaN<double>;
+}
 
 struct LogTerms {
   float log;     // ln(1 + y)

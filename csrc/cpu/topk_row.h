@@ -55,12 +55,13 @@ class TopkRow {
   }
 
   void compute(double& soft, double& hard) {
+    const bool valid = read();
     const T at_label = call_.hard_weight ? student_at(label()) : T(0);
+    // Now that the row is in the cache: before, each of them was a read from memory.
     for (int64_t i = 0; call_.soft_weight && i < count_; ++i) {
       const T log_prob = static_cast<const T*>(call_.log_probs)[row_ * call_.k + i];
       categories_.push_back({double{log_prob}, double{student_at(ids_[i])} * student_inverse_, 0});
     }
-    const bool valid = read();
     if (call_.soft_weight) soft = valid ? divergence() : kNaN<double>;
     if (call_.hard_weight) {
       hard = hard_.sum() > 0 ? hard_.lse() - double{at_label} : kNaN<double>;
@@ -81,9 +82,10 @@ class TopkRow {
 
   // False: a NaN was met.
   bool read() {
+    const bool sums = call_.soft_weight && !call_.restricted;
+    bool valid = call_.hard_weight || sums || !row_has_nan(call_.student, row_, vocab_, ahead(0));
     int64_t next = 0;  // of the ids
-    bool valid = true;
-    for (int64_t begin = 0; begin < vocab_; begin += kChunk) {
+    for (int64_t begin = 0; begin < vocab_ && (call_.hard_weight || sums); begin += kChunk) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
       if (call_.hard_weight) hard_.read(student, begin, n);
@@ -93,8 +95,8 @@ class TopkRow {
         continue;
       }
       if (call_.log_rest && next < count_ && ids_[next] < begin + n) {
-        T* others = work_.scratch(1);
-        std::copy(student, student + n, others);
+        T* others = work_.scratch(0);  // where they were converted
+        if (student != others) std::copy(student, student + n, others);
         for (; next < count_ && ids_[next] < begin + n; ++next) {
           valid &= !std::isnan(others[ids_[next] - begin]);
           others[ids_[next] - begin] = -kInf<T>;
