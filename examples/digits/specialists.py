@@ -93,16 +93,15 @@ def combined(inputs: Tensor, generalist: Networks, experts: list[Networks], own:
     p = generalist.logits(inputs)
     best = p.argmax(-1)  # [S, B]
     z = p.clone().requires_grad_()
-    terms = [
-        (expert.logits(inputs), classes, classes.gather(1, best).float())
-        for expert, classes in zip(experts, own, strict=True)
-    ]
+    terms = []
+    for expert, classes in zip(experts, own, strict=True):  # classes [S, 10]
+        log_p = F.log_softmax(expert.logits(inputs), dim=-1)[..., :CLASSES]
+        ids = torch.arange(CLASSES).where(classes, -1).unsqueeze(1).expand_as(log_p)
+        terms.append((ids, log_p, classes.gather(1, best).float()))
     for _ in range(STEPS):
         loss = fastkd.kd_loss(z, p, reduction="sum")
-        for logits, classes, asked in terms:
-            loss = loss + fastkd.kd_loss(
-                with_dustbin(z, classes), logits, token_weights=asked, reduction="sum"
-            )
+        for ids, log_p, asked in terms:  # the dustbin is the bucket of what they do not name
+            loss = loss + fastkd.topk_kd_loss(z, ids, log_p, token_weights=asked, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, z)
         z = (z - gradient).detach().requires_grad_()
     return z.detach()
