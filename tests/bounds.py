@@ -133,6 +133,130 @@ class Allowance:
         hard_bound = self._weighted(weight, self.hard_rows()) + 8 * self.eps * hard.abs()
         return soft_bound, hard_bound
 
+    def shift(self, of_student: Tensor, of_teacher: Tensor) -> None:
+        """Let ln q and ln p be off by so many eps besides, [N, V] or broadcast to it."""
+        self.lq, self.rel_q = self.lq + of_student, self.rel_q + of_student
+        self.lp, self.rel_p = self.lp + of_teacher, self.rel_p + of_teacher
+
+
+class Pooled:
+    """Classes taken together as one: logsumexp(x), the share of each, and what both are off by."""
+
+    def __init__(self, x: Tensor) -> None:  # -inf at the other classes
+        self.lse = x.logsumexp(-1, keepdim=True)
+        self.share, _, self.rel, _ = Allowance._softmax(x)
+        self.share = self.share.nan_to_num(0)
+        entropy = self.rel.amin(-1, keepdim=True).nan_to_num(20)
+        self.lse_off = (entropy + self.lse.abs()).nan_to_num(0, 0, 0)  # eps; absolute
+
+    def gradient(self, of_pool: Tensor, bound: Tensor, eps: float) -> Tensor:
+        """[N, V]: a gradient of the pool, off by `bound`, spread over its classes."""
+        spread = eps * of_pool.abs() * self.share * self.rel.nan_to_num(0)
+        return bound * self.share + spread
+
+
+class SparseAllowance:
+    """Of topk_kd_loss: an Allowance for its few classes and their bucket, spread over all."""
+
+    def __init__(self, student, ids, log_probs, labels, outside, options) -> None:
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        width = options["vocab_size"]
+        z, padded = student.double()[:, :width], torch.where(ids < 0, width, ids)
+        there = padded < width
+        x = torch.nn.functional.pad(z, (0, 1), value=-INF).gather(-1, padded)
+        y = log_probs.double().masked_fill(~there, -INF)
+        T = _per_row(options["temperature"], len(z))
+        self.padded, self.pool, self.full = padded, None, outside == "renormalize"
+        if outside == "bucket":
+            inside = torch.zeros(len(z), width + 1).scatter(-1, padded, 1.0).bool()[:, :width]
+            self.pool = Pooled(z.masked_fill(inside, -INF))
+            rest = (-torch.expm1(y.logsumexp(-1, keepdim=True).clamp_max(0))).clamp_min(0)
+            x, y = torch.cat((x, self.pool.lse), -1), torch.cat((y, rest.log()), -1)
+        elif self.full:
+            x, y = z, torch.full((len(z), width + 1), -INF).double().scatter(-1, padded, y)
+            y = y[:, :width]
+        self.soft = Allowance(
+            x.to(dtype), y.to(dtype), None, {"temperature": T, "reduction": "sum"}
+        )
+        if self.pool:
+            # 1 - sum p carries what the sum is off by, relative to what it leaves.
+            named = y[:, :-1]
+            sum_off = 20 + (named.exp() * named.nan_to_num(0, 0, 0).abs()).sum(-1, keepdim=True)
+            of_bucket = torch.zeros_like(x).index_fill(-1, torch.tensor(x.shape[-1] - 1), 1.0)
+            self.soft.shift(
+                of_bucket * self.pool.lse_off / T,
+                of_bucket * (sum_off / rest / T).nan_to_num(0, 0, 0),
+            )
+        self.hard = Allowance(student, student, labels, {"vocab_size": width, "reduction": "sum"})
+        self.T, self.alpha, self.eps = T, options["alpha"], self.soft.eps
+
+    def rows(self, soft: Tensor, hard: Tensor) -> tuple[Tensor, Tensor]:
+        """[N], of the two terms whose float64 values are given."""
+        of_soft = self.soft.soft_rows()
+        if self.full:  # the other classes are not seen in it: the sum's error shows to first order
+            of_soft = of_soft + self.eps * self.soft.rel_q.amin(-1)
+        of_soft = self.T.squeeze(-1) ** 2 * of_soft + 8 * self.eps * soft.abs()
+        return of_soft, self.hard.hard_rows() + 8 * self.eps * hard.abs()
+
+    def gradient(self) -> Tensor:
+        """[N, V], of the gradient of alpha soft + (1 - alpha) hard."""
+        bound = self.T * self.soft.soft_gradient()
+        if not self.full:
+            k = self.padded.shape[-1]
+            named = torch.zeros(len(bound), self.hard.width + 1).double()
+            named = named.scatter(-1, self.padded, bound[:, :k])[:, : self.hard.width]
+            if self.pool:
+                of_pool = self.T * (self.soft.q - self.soft.p)[:, -1:]
+                named = named + self.pool.gradient(of_pool, bound[:, -1:], self.eps)
+            bound = named
+        total = self.alpha * bound
+        if self.alpha < 1:
+            total = total + (1 - self.alpha) * self.hard.hard_gradient()
+        return torch.nn.functional.pad(total, (0, self.hard.V - self.hard.width))
+
+
+class DecoupledAllowance:
+    """Of dkd_loss: the other classes among themselves, and the label against all of them."""
+
+    def __init__(self, student, teacher, labels, options) -> None:
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        z, v = student.double(), teacher.double()
+        if options.get("teacher_kind") == "probs":
+            v = v.log()
+        label = torch.nn.functional.one_hot(labels, z.shape[-1]).bool()
+        others = _kept(v, options) & ~label
+        T = _per_row(options["temperature"], len(z))
+        teacher_T = _per_row(options.get("teacher_temperature") or T, len(z))
+        x, y = ((a / t).masked_fill(~others, -INF) for a, t in ((z, T), (v, teacher_T)))
+        once = {"reduction": "sum"}
+        self.others = Allowance(x.to(dtype), y.to(dtype), None, once)
+        self.pool, pool_y = Pooled(x), Pooled(y)
+        at_x, at_y = (a[label].unsqueeze(-1) / t for a, t in ((z, T), (v, teacher_T)))
+        odds = [torch.cat((at - pool.lse, torch.zeros_like(at)), -1).nan_to_num(0, 1e4, -1e4)
+                for at, pool in ((at_x, self.pool), (at_y, pool_y))]  # fmt: skip
+        self.binary = Allowance(odds[0].to(dtype), odds[1].to(dtype), None, once)
+        self.binary.shift(self.pool.lse_off + at_x.abs(), pool_y.lse_off + at_y.abs())
+        self.hard = Allowance(student, student, labels, once)
+        self.T, self.label, self.eps, self.options = T, label, self.others.eps, options
+
+    def rows(self) -> dict[str, Tensor]:
+        """[N] each, of the terms."""
+        square = self.T.squeeze(-1) ** 2
+        return {
+            "target": (square * self.binary.soft_rows()).nan_to_num(0),
+            "nontarget": (square * self.others.soft_rows()).nan_to_num(0),
+            "hard": self.hard.hard_rows(),
+        }
+
+    def gradient(self) -> Tensor:
+        options, pair = self.options, self.binary.soft_gradient()
+        of_pool = (self.binary.q - self.binary.p)[:, 1:]
+        target = self.pool.gradient(of_pool, pair[:, 1:], self.eps)
+        target = torch.where(self.label, pair[:, :1], target)
+        nontarget = self.others.soft_gradient().masked_fill(self.label, 0).nan_to_num(0)
+        total = self.T * (options.get("alpha", 1.0) * target + options.get("beta", 8.0) * nontarget)
+        return total + options.get("hard_weight", 0.0) * self.hard.hard_gradient()
+
 
 def _kept(v: Tensor, options: dict) -> Tensor:
     V = v.shape[-1]

@@ -22,16 +22,18 @@ inline Binary binary_divergence(double teacher_odds, double student_odds) {
   const double gap = b - a;
   const double delta = gap > 0 ? -logistic(b) * logistic(-a) * std::expm1(-gap)
                                : logistic(a) * logistic(-b) * std::expm1(gap);
+  if (std::fabs(gap) < 1) {
+    // Sum of q ((1 + y) ln(1 + y) - y) with 1 + y = p / q: what follows would cancel.
+    const double y = logistic(-a) * std::expm1(-gap), y_others = logistic(a) * std::expm1(gap);
+    return {logistic(b) * log_terms(y).excess + logistic(-b) * log_terms(y_others).excess, delta};
+  }
   // KL = softplus(b) - softplus(a) - p (b - a), of either class: of the rarer one in q. Either of
   // the odds may be infinite.
   const double sign = b > 0 ? -1 : 1;
   const double p = logistic(sign * a), size = std::fabs(a);
   const auto product = [](double x, double y) { return x == 0 ? 0 : x * y; };
-  double divergence =
+  const double divergence =
       softplus(sign * b) - softplus(-size) - product(logistic(-size), size) - product(p, sign * b);
-  if (std::fabs(gap) < 1e-4) {  // its series
-    divergence = p * (1 - p) * gap * gap * (0.5 + (1 - 2 * p) * sign * gap / 6);
-  }
   return {std::fmax(divergence, 0.0), delta};
 }
 
