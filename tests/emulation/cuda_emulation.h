@@ -158,6 +158,12 @@ inline unsigned atomicAdd(unsigned* counter, unsigned value) {
   *counter += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* word, unsigned bits) {
+  emulation::progress();
+  const unsigned before = *word;
+  *word |= bits;
+  return before;
+}
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
