@@ -124,7 +124,7 @@ class Registers : Slice<Exchange, true> {
   __device__ __forceinline__ void take_logarithms() {
     each([&](int i) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_approx(teacher_[i][j]);
+      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_subnormal(teacher_[i][j]);
     });
   }
 

@@ -111,7 +111,7 @@ class Reread {
     }
     if (row_.teacher_probs()) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) teacher[j] = log2_approx(teacher[j]);
+      for (int j = 0; j < kPerLane; ++j) teacher[j] = log2_subnormal(teacher[j]);
     }
     const int index = row_.left_out(step);
 #pragma unroll

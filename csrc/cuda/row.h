@@ -262,7 +262,7 @@ class Row {
     if (!decoupled() || !adds_label()) return 0;
     const float value = at(teacher(), label());
     if (!teacher_probs()) return value;
-    return value < kInf ? log2_approx(value) : kNaN;
+    return value < kInf ? log2_subnormal(value) : kNaN;
   }
 
   // The label's term of a decoupled row, by one thread, from the log-odds of both sides.
