@@ -26,6 +26,8 @@ KERNELS = ROOT / "csrc" / "cuda"
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-cubin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v")
+PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/configuration.h leaves out; see there
+WITH_CLUSTERS = ("sm_90", "sm_100", "sm_120")
 REGISTERS_PER_SM = 65536
 
 Figures = dict[str, float]
@@ -58,13 +60,15 @@ class Binary(NamedTuple):
     target: str
     report: str  # of ptxas -v
     code: str  # of nvdisasm, "" without it
+    persistent: bool = False
 
 
-def compile_for(source: Path, target: str) -> Binary:
+def compile_for(source: Path, target: str, persistent: bool = False) -> Binary:
     """From the cache under the user's, where the same sources were compiled before."""
     compiler, disassembler = nvcc(), nvdisasm()
     assert compiler is not None
-    key = hashlib.sha256(repr((FLAGS, release(compiler), target, source.name)).encode())
+    flags = (*FLAGS, *([PERSISTENT] if persistent else []))
+    key = hashlib.sha256(repr((flags, release(compiler), target, source.name)).encode())
     for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "rows.h"}):
         key.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd-gate"
@@ -75,7 +79,7 @@ def compile_for(source: Path, target: str) -> Binary:
         if not (folder / "report").exists():
             folder.mkdir(exist_ok=True)
             cubin = folder / "cubin"
-            command = [compiler, *FLAGS, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
+            command = [compiler, *flags, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             (folder / "report").write_text(done.stdout + done.stderr)  # last: now it is whole
@@ -83,7 +87,7 @@ def compile_for(source: Path, target: str) -> Binary:
     if disassembler:
         command = [disassembler, "-c", "-gi", folder / "cubin"]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return Binary(target, (folder / "report").read_text(), code)
+    return Binary(target, (folder / "report").read_text(), code, persistent)
 
 
 def resources(report: str) -> dict[str, Figures]:
@@ -173,7 +177,8 @@ def vectors(variant: str, target: str) -> int:
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
-    return constant("kLaterClusterVectors" if later else "kClusterVectors")
+    held = constant("kLaterClusterVectors" if later else "kClusterVectors")
+    return held - (constant("kLoopVectors") if "persistent" in variant else 0)
 
 
 def registers_allowed(kernel: str) -> int:
@@ -273,6 +278,10 @@ def figures(binary: Binary) -> dict[str, Figures]:
     for mangled, resource in resources(binary.report).items():
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
+        if binary.persistent:
+            if not name.startswith("kd_rows Cluster"):
+                continue  # as without it, or never in use
+            name += " persistent"
         kernel = code.get(mangled, [])
         if empty(kernel):
             continue
@@ -334,7 +343,8 @@ def measure() -> dict[str, Any]:
     compiler, disassembler = nvcc(), nvdisasm()
     assert compiler is not None
     sources = sorted(KERNELS.glob("*.cu"))
-    jobs = [(source, target) for target in TARGETS for source in sources]
+    jobs = [(source, target, False) for target in TARGETS for source in sources]
+    jobs += [(KERNELS / "kd_rows.cu", target, True) for target in WITH_CLUSTERS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         binaries = list(pool.map(lambda job: compile_for(*job), jobs))
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}
