@@ -85,6 +85,14 @@ def _row_scales(
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
 
 
+def _methods(decoupled: bool, probs: bool, sparse: bool, limit: bool) -> frozenset[str]:
+    """Those of ops.METHODS that a call needs of its backend."""
+    if not (decoupled or probs or sparse or limit):
+        return ops.NO_METHODS
+    needed = {"decoupled": decoupled, "probabilities": probs, "sparse": sparse, "limit": limit}
+    return frozenset(method for method, needs in needed.items() if needs)
+
+
 NOT_COMPUTED = Term()
 
 
@@ -175,6 +183,6 @@ def request(
         probs,
         inplace,
         ops.choose_backend(
-            backend, student_logits.device, dtype, plain=not (decoupled or probs or sparse or limit)
+            backend, student_logits.device, dtype, _methods(decoupled, probs, sparse, limit)
         ),
     )

@@ -26,6 +26,8 @@ KERNELS = ROOT / "csrc" / "cuda"
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-cubin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v")
+PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/configuration.h leaves out; see there
+WITH_CLUSTERS = ("sm_90", "sm_100", "sm_120")
 REGISTERS_PER_SM = 65536
 
 Figures = dict[str, float]
@@ -58,13 +60,15 @@ class Binary(NamedTuple):
     target: str
     report: str  # of ptxas -v
     code: str  # of nvdisasm, "" without it
+    persistent: bool = False
 
 
-def compile_for(source: Path, target: str) -> Binary:
+def compile_for(source: Path, target: str, persistent: bool = False) -> Binary:
     """From the cache under the user's, where the same sources were compiled before."""
     compiler, disassembler = nvcc(), nvdisasm()
     assert compiler is not None
-    key = hashlib.sha256(repr((FLAGS, release(compiler), target, source.name)).encode())
+    flags = (*FLAGS, *([PERSISTENT] if persistent else []))
+    key = hashlib.sha256(repr((flags, release(compiler), target, source.name)).encode())
     for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "rows.h"}):
         key.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd-gate"
@@ -75,7 +79,7 @@ def compile_for(source: Path, target: str) -> Binary:
         if not (folder / "report").exists():
             folder.mkdir(exist_ok=True)
             cubin = folder / "cubin"
-            command = [compiler, *FLAGS, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
+            command = [compiler, *flags, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             (folder / "report").write_text(done.stdout + done.stderr)  # last: now it is whole
@@ -83,7 +87,7 @@ def compile_for(source: Path, target: str) -> Binary:
     if disassembler:
         command = [disassembler, "-c", "-gi", folder / "cubin"]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return Binary(target, (folder / "report").read_text(), code)
+    return Binary(target, (folder / "report").read_text(), code, persistent)
 
 
 def resources(report: str) -> dict[str, Figures]:
@@ -150,6 +154,9 @@ class Part:
             lines = function_lines(KERNELS / file, function)
             self.code = [i for i in code if any(f == file and n in lines for f, n in i.lines)]
 
+    def per(self, count: int) -> float:
+        return round(len(self.code) / count, 2)
+
     def count(self, pattern: str) -> int:
         return sum(re.match(pattern, i.opcode) is not None for i in self.code)
 
@@ -170,11 +177,13 @@ def vectors(variant: str, target: str) -> int:
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
-    return constant("kLaterClusterVectors" if later else "kClusterVectors")
+    held = constant("kLaterClusterVectors" if later else "kClusterVectors")
+    return held - (constant("kLoopVectors") if "persistent" in variant else 0)
 
 
 def registers_allowed(kernel: str) -> int:
     """By the threads that a multiprocessor has to hold of it: its __launch_bounds__."""
+    kernel = kernel.replace("topk", "kd")  # of the same source, with the same threads
     text = (KERNELS / f"{kernel}.cu").read_text()
     threads, _, blocks = re.findall(r"__launch_bounds__\((\w+)(, (\d+))?\)", text)[0]
     return min(255, REGISTERS_PER_SM // (constant(threads, kernel) * int(blocks or 1)))
@@ -189,7 +198,7 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     pairs = vectors(name, target) * constant("kPerLane")
     file = "registers.h"
     every = Part(code, file, "run")
-    load, gradient = Part(code, file, "load"), Part(code, file, "write_gradient")
+    load, gradient = Part(code, "slice.h", "load"), Part(code, file, "write_gradient")
     sums = Part(code, file, "sum_soft")
     shifted = Part(load.code, "columns.h", "load_shifted")
     aside = [Part(code, file, f).code for f in ("sum_hard", "write_gradient", "mix")]
@@ -207,15 +216,50 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
             "STG"
         ),
         "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
-        "instructions_per_pair_of_the_sums": round(len(sums.code) / pairs, 2),
+        "instructions_per_pair_of_the_sums": sums.per(pairs),
+        # What a teacher's probabilities cost besides; and the label set apart, per row: a warp has
+        # it, and a thread makes its term.
+        "instructions_per_pair_of_the_logarithms": Part(code, file, "take_logarithms").per(pairs),
+        "instructions_of_the_label": len(
+            Part(code, file, "leave_out_label").code + Part(code, file, "set_target").code
+        ),
         "reread_loads_of_128_bits": Part(code, "reread.h", "each_step").wide("LDG"),
         "reread_stores_of_128_bits": Part(code, "reread.h", "write_gradient").wide("STG"),
     }
 
 
+def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
+    """The same of a sparse teacher's rows: by columns, where a slice is in registers."""
+    columns = vectors(name, target) * constant("kPerLane")
+    file = "topk_row.h"
+    load, held = Part(code, "slice.h", "load"), Part(code, "slice.h", "each")
+    sums, gradient = Part(held.code, file, "sum_classes"), Part(held.code, file, "write_classes")
+    shifted = Part(load.code, "columns.h", "load_shifted")
+    kept = {id(i) for i in held.code}
+    again = Part([i for i in Part(code, file, "each_step").code if id(i) not in kept])
+    return {
+        "local_accesses": Part(code).count(LOCAL),
+        "loads_of_128_bits": load.wide("LDG") - shifted.wide("LDG"),
+        "stores_of_128_bits": Part(gradient.code, "columns.h", "store_aligned").wide("STG"),
+        "misaligned_loads_of_128_bits": shifted.wide("LDG"),
+        "misaligned_stores_of_128_bits": Part(gradient.code, "columns.h", "store_shifted").wide(
+            "STG"
+        ),
+        # In the gradient a second one for a hard term at another temperature.
+        "exponentials_per_column_of_the_sums": round(sums.count(EXPONENTIAL) / columns, 3),
+        "exponentials_per_column_of_the_gradient": round(gradient.count(EXPONENTIAL) / columns, 3),
+        "instructions_per_column_of_the_sums": sums.per(columns),
+        "reread_loads_of_128_bits": again.wide("LDG"),
+        "reread_stores_of_128_bits": again.wide("STG"),
+    }
+
+
 def variant(name: str) -> str | None:
     """A kernel's name in the table, from its mangled one."""
-    found = re.search(r"\d(kd_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets).*?ModeE(\d))?", name)
+    found = re.search(
+        r"\d(kd_rows|topk_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?ModeE(\d))?)?",
+        name,
+    )
     if found is None:
         return None
     mode = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
@@ -234,6 +278,10 @@ def figures(binary: Binary) -> dict[str, Figures]:
     for mangled, resource in resources(binary.report).items():
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
+        if binary.persistent:
+            if not name.startswith("kd_rows Cluster"):
+                continue  # as without it, or never in use
+            name += " persistent"
         kernel = code.get(mangled, [])
         if empty(kernel):
             continue
@@ -242,6 +290,8 @@ def figures(binary: Binary) -> dict[str, Figures]:
             found[name]["instructions"] = len(kernel)
         if kernel and name.startswith("kd_rows"):
             found[name] |= core(name, binary.target, kernel)
+        elif kernel and name.startswith("topk_rows"):
+            found[name] |= topk_core(name, binary.target, kernel)
         elif kernel:
             every = Part(kernel)
             found[name] |= {
@@ -261,23 +311,31 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
     for what in ("spill_bytes", "stack_bytes", "local_accesses"):
         if of.get(what, 0):
             yield f"{name}: {what} is {of[what]}, not 0"
-    held = vectors(name, target) if kernel == "kd_rows" else 1
-    loads, stores = (4 * held, 2 * held) if kernel == "kd_rows" else (2, 2)
+    held = 1 if kernel == "scale_rows" else vectors(name, target)
+    rows = 2 if kernel == "kd_rows" else 1
     at_least = {
-        # 16 bytes of a 16-bit dtype and twice 16 of float32; of both rows, where there are two.
-        "loads_of_128_bits": loads,
-        "stores_of_128_bits": stores,
+        # 16 bytes of a 16-bit dtype and twice 16 of float32.
+        "loads_of_128_bits": 2 * rows * held,
+        "stores_of_128_bits": 2 * held,
         # Where a row is not aligned, the two blocks around each.
-        "misaligned_loads_of_128_bits": 8 * held,
+        "misaligned_loads_of_128_bits": 4 * rows * held,
         "misaligned_stores_of_128_bits": 2 * held,
-        "reread_loads_of_128_bits": 4,
+        "reread_loads_of_128_bits": 2 * rows,
         "reread_stores_of_128_bits": 1,
     }
     for what, least in at_least.items():
         if of.get(what, least) < least:
             yield f"{name}: {what} is {of[what]}, not {least} or more"
-    if of.get("exponentials_per_pair", 0) > 2.3:
-        yield f"{name}: {of['exponentials_per_pair']} exponentials per pair, at most 2.3"
+    at_most = {
+        "exponentials_per_pair": 2.3,
+        "exponentials_per_column_of_the_sums": 1,
+        "exponentials_per_column_of_the_gradient": 2,
+        # Less than 15 % of the 37 that a pair's sums have.
+        "instructions_per_pair_of_the_logarithms": 5.5,
+    }
+    for what, most in at_most.items():
+        if of.get(what, 0) > most:
+            yield f"{name}: {what} is {of[what]}, at most {most}"
 
 
 def measure() -> dict[str, Any]:
@@ -285,7 +343,8 @@ def measure() -> dict[str, Any]:
     compiler, disassembler = nvcc(), nvdisasm()
     assert compiler is not None
     sources = sorted(KERNELS.glob("*.cu"))
-    jobs = [(source, target) for target in TARGETS for source in sources]
+    jobs = [(source, target, False) for target in TARGETS for source in sources]
+    jobs += [(KERNELS / "kd_rows.cu", target, True) for target in WITH_CLUSTERS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         binaries = list(pool.map(lambda job: compile_for(*job), jobs))
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}

@@ -37,6 +37,10 @@ class Backend:
         """In Triton's interpreter a row takes some 20 ms: fewer and shorter ones, then."""
         return self.name == "triton" and triton_backend.INTERPRETED
 
+    @property
+    def finest(self) -> torch.dtype:
+        return torch.float64 if self.float64 else torch.float32
+
     def need(self, *dtypes: torch.dtype) -> None:
         if torch.float64 in dtypes and not self.float64:
             pytest.skip(f"the {self.name} backend refuses float64")

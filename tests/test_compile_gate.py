@@ -112,7 +112,7 @@ def test_every_target_of_the_wheel_is_measured():
 @pytest.mark.parametrize("target", gate.TARGETS)
 def test_budgets(measured, target):
     kernels = measured["targets"][target]
-    assert len(kernels) >= 4, "three modes of the loss, and the scaling"
+    assert len(kernels) >= 5, "three modes of the loss, a sparse teacher, and the scaling"
     assert not [
         problem for name, of in kernels.items() for problem in gate.problems(name, target, of)
     ]

@@ -20,8 +20,8 @@ LABEL = torch.tensor([4])
 @pytest.fixture
 def backend(kernel):
     backend = kernel
-    if ops._BACKENDS[backend.name].plain:
-        with pytest.raises(ValueError, match="not yet the decoupled loss"):
+    if "decoupled" not in ops._BACKENDS[backend.name].methods:
+        with pytest.raises(ValueError, match="does not compute the decoupled loss"):
             z = torch.zeros(1, 2, device=backend.device)
             dkd_loss(z, z, torch.zeros(1, dtype=torch.int64, device=z.device), backend=backend.name)
         pytest.skip(f"the {backend.name} backend has no decoupled terms")
@@ -46,13 +46,15 @@ def textbook(z: Tensor, v: Tensor, y: Tensor, T, alpha=1.0, beta=8.0, teacher_T=
 
 
 def test_golden(backend):
+    z, v = (x.to(backend.finest) for x in GOLDEN)
+    eps = 1e-9 if backend.float64 else 2e-6
     for keep, T, expected in ((0.0, 4.0, 3.2859197908), (40.0, 4.0, 4.1034013915)):
         options = {"temperature": T, "bottom_percentile": keep, "backend": backend.name}
-        loss, grad = gradient(dkd_loss, GOLDEN[0], GOLDEN[1], LABEL, **options)
-        assert abs(loss.item() - expected) < 1e-9
+        loss, grad = gradient(dkd_loss, z, v, LABEL, **options)
+        assert abs(loss.item() - expected) < eps
         if keep == 0:
             known = [-3.0669074122, 1.9341342324, 0.5009622051, 0.9136203199, -0.2818093453]
-            assert (grad - torch.tensor(known, dtype=torch.float64)).abs().max() < 1e-9
+            assert (grad - torch.tensor(known, dtype=torch.float64)).abs().max() < eps
 
 
 def test_a_student_that_is_sure(backend):
@@ -70,17 +72,20 @@ def test_a_student_that_is_sure(backend):
 )
 @pytest.mark.parametrize("T", [1.0, 4.0])
 def test_textbook(backend, options, T):
-    z, v = pair(6, 50, dtype=torch.float64)
+    dtype = backend.finest
+    z, v = pair(6, 50, dtype=dtype)
     y = some_labels(6, 50)
     actual = gradient(dkd_loss, z, v, y, temperature=T, reduction="none", **options,
                       backend=backend.name)  # fmt: skip
-    expected = gradient(textbook, z, v, y, T, **options)
-    torch.testing.assert_close(actual, expected)
+    expected = gradient(textbook, z.double(), v.double(), y, T, **options)
+    eps = 1e-7 if backend.float64 else 1e-5
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e.to(dtype), rtol=eps, atol=eps)
 
 
 def test_decomposition(backend):
     """KL = target + (1 - p_y) nontarget, and its gradient."""
-    z, v = pair(5, 2000, dtype=torch.float64)
+    z, v = pair(5, 2000, dtype=backend.finest)
     y = v.argmax(-1)
     one = {"temperature": 2.0, "reduction": "none", "backend": backend.name}
     out = dkd_loss(z, v, y, return_terms=True, **one)
@@ -95,6 +100,7 @@ def test_decomposition(backend):
         {},
         {"teacher_kind": "probs"},
         {"top_k": 3},
+        {"teacher_kind": "probs", "bottom_percentile": 30.0},
         {"bottom_percentile": 60.0, "hard_weight": 0.7},
         {"top_k": 1, "hard_weight": 1.0, "teacher_temperature": 2.0},
     ],
@@ -107,6 +113,7 @@ def test_definition(backend, V, options, dtype):
     y = torch.tensor([0, V - 1, V // 2, (V - 1) // 1024 * 1024])
     if options.get("teacher_kind") == "probs":
         v = v.float().softmax(-1).to(dtype)
+    backend.need(dtype)
     results = []
     for s, t, name in ((z, v, backend.name), (z.double(), v.double(), "reference")):
         student = s.clone().requires_grad_()
@@ -128,6 +135,7 @@ def test_definition(backend, V, options, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_edges(backend, dtype):
     """Where a side is without the label, without all the others, without both, or not a number."""
+    backend.need(dtype)
     z = normal(9, 40, dtype=dtype)
     v = normal(9, 40, seed=1, dtype=dtype)
     y = torch.arange(9) * 4
@@ -136,7 +144,7 @@ def test_edges(backend, dtype):
     v[3, others[3]] = -INF
     z[4, others[4]] = -INF
     z[5, others[5]] = v[5, others[5]] = -INF
-    z[6, 1] = v[7, y[7]] = NAN
+    z[6, y[6] + 1] = v[7, y[7]] = NAN
     z[8, ::4] = v[8, ::2] = -INF
     y[8] = 1
     for options in ({}, {"top_k": 1}, {"top_k": 20, "hard_weight": 1.0}, {"alpha": 0.0}):
@@ -204,10 +212,10 @@ def test_probabilities(backend, beta, options):
     if beta != 1:
         probs[0, 3:] = 0
     options = {**options, "temperature": 3.0, "beta": beta, "backend": backend.name}
-    expected = gradient(kd_loss, z, probs.log(), **options)
-    torch.testing.assert_close(
-        gradient(kd_loss, z, probs, teacher_kind="probs", **options), expected
-    )
+    expected = gradient(kd_loss, z, probs.log(), **{**options, "backend": "reference"})
+    if backend.float64:
+        actual = gradient(kd_loss, z, probs, teacher_kind="probs", **options)
+        torch.testing.assert_close(actual, expected)
     singles = gradient(kd_loss, z.float(), probs.float(), teacher_kind="probs", **options)
     torch.testing.assert_close(singles[0], expected[0].float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(singles[1], expected[1].float(), rtol=1e-4, atol=1e-7)
@@ -216,6 +224,7 @@ def test_probabilities(backend, beta, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_logarithms_of_probabilities(backend, dtype):
     """Read back by one class against another: from subnormal numbers to the largest."""
+    backend.need(dtype)
     P = torch.tensor([5e-324, 1e-310, 1e-40, 1.2e-38, 1e-20, 0.1, 0.7, 0.99, 1.0, 3.0, 1e30])
     P = P.to(dtype)[P.to(dtype) > 0]
     rows = torch.stack((P, torch.ones_like(P)), -1)

@@ -27,7 +27,7 @@ def rows(layout: str, schedule: str, fault: tuple[str, str, str] | None = None) 
 
 def test_every_schedule_and_layout_gives_the_same_bits():
     expected = rows(CLUSTERS, "0")
-    assert expected.count("soft") == 3
+    assert expected.count("soft") == 5
     for layout in LAYOUTS:
         for schedule in SCHEDULES:
             assert rows(layout, schedule) == expected
@@ -38,7 +38,7 @@ def test_every_schedule_and_layout_gives_the_same_bits():
 def test_every_kind_of_row_in_every_layout():
     """Dtypes, divergences, terms, pruning, edges, alignments: the same bits; for the sanitizers."""
     said = [output(build.program("driver"), "2", layout, "16", "all") for layout in LAYOUTS]
-    assert said[0].count("soft") == len(said[0].splitlines()) == 90, said[0]
+    assert said[0].count("soft") == len(said[0].splitlines()) == 125, said[0]
     assert len(set(said)) == 1
 
 
@@ -60,6 +60,24 @@ FAULTS = {
         "select.h",
         "if (exchange.size() > 1) exchange.barrier();\n    __syncthreads();",
         "__syncthreads();",
+    ),
+    "the classes a sparse teacher names are looked up before they are all marked": (
+        CLUSTERS,
+        "topk_row.h",
+        "named_[bit / 32], 1u << bit % 32);\n    });\n    __syncthreads();",
+        "named_[bit / 32], 1u << bit % 32);\n    });",
+    ),
+    "the gradient of a class that a sparse teacher names is put back before it is there": (
+        CLUSTERS,
+        "topk_row.h",
+        "if (puts_back) write_named();\n      __syncthreads();",
+        "if (puts_back) write_named();",
+    ),
+    "the label set apart is left in the sums": (
+        CLUSTERS,
+        "row.h",
+        "return decoupled() && label() / kStep == step ?",
+        "return decoupled() && label() / kStep == step + 1 ?",
     ),
     "the tail is one column too long": (
         CLUSTERS,

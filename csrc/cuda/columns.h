@@ -21,15 +21,17 @@ struct Packed {
 struct View {
   char* data;
   DType dtype;
-  int columns;  // those that take part: what lies beyond is never read, and read as -inf
-  bool split;   // a lane's 8 columns are twice 4, so that a warp's loads of float are dense
+  int columns;  // those that take part: what lies beyond is never read, and read as no mass
+  // kSplit: a lane's 8 columns are twice 4, so that a warp's loads of float are dense.
+  enum Traits : uint8_t { kSplit = 1, kProbabilities = 2 };
+  uint8_t traits;
 
   View() = default;
-  __device__ View(const Rows& rows, int64_t row, int64_t columns, bool split)
+  __device__ View(const Rows& rows, int64_t row, int64_t columns, int traits)
       : data(static_cast<char*>(rows.data) + rows.offset(row) * rows.element_bytes()),
         dtype(rows.dtype),
         columns(static_cast<int>(columns)),
-        split(split) {}
+        traits(static_cast<uint8_t>(traits)) {}
 
   // A copy of one in shared memory.
   static __device__ __forceinline__ View again(const View& v) {
@@ -37,11 +39,13 @@ struct View {
     copy.data = fresh(v.data);
     copy.dtype = fresh(v.dtype);
     copy.columns = fresh(v.columns);
-    copy.split = fresh(v.split);
+    copy.traits = fresh(v.traits);
     return copy;
   }
 
   __device__ bool is_float() const { return dtype == DType::kFloat; }
+  __device__ bool split() const { return (traits & kSplit) != 0; }
+  __device__ bool holds_probabilities() const { return (traits & kProbabilities) != 0; }
   __device__ int per_vector() const { return is_float() ? 4 : 8; }  // columns of 16 bytes
   // What a block of 16 bytes has before the column at which a vector of the row begins.
   __device__ unsigned misaligned_bytes() const {
@@ -52,8 +56,8 @@ struct View {
   }
 
   // The lane's first 4 and last 4 columns.
-  __device__ int first(int step) const { return step * kStep + lane() * (split ? 4 : kPerLane); }
-  __device__ int second(int step) const { return first(step) + (split ? kStep / 2 : 4); }
+  __device__ int first(int step) const { return step * kStep + lane() * (split() ? 4 : kPerLane); }
+  __device__ int second(int step) const { return first(step) + (split() ? kStep / 2 : 4); }
   // Where a column of the lane's step is among its 8, or a number outside.
   __device__ int index(int step, int column) const {
     const int i = column - first(step), j = column - second(step);
@@ -65,20 +69,21 @@ __device__ __forceinline__ char* address_of(const View& view, int column) {
   return view.data + (int64_t{column} << (view.is_float() ? 2 : 1));
 }
 
-// -inf in every half, or as a float.
-__device__ __forceinline__ uint32_t minus_infinity(DType dtype) {
-  return dtype == DType::kFloat      ? 0xff800000u
-         : dtype == DType::kBFloat16 ? 0xff80ff80u
-                                     : 0xfc00fc00u;
+// What has no mass, in every half, or as a float: -inf, or a probability of 0.
+__device__ __forceinline__ uint32_t no_mass(const View& view) {
+  return view.holds_probabilities()       ? 0u
+         : view.dtype == DType::kFloat    ? 0xff800000u
+         : view.dtype == DType::kBFloat16 ? 0xff80ff80u
+                                          : 0xfc00fc00u;
 }
 
 __device__ __forceinline__ uint32_t load_word(const View& view, int column) {
   if (view.is_float()) {
     return column < view.columns ? reinterpret_cast<const uint32_t*>(view.data)[column]
-                                 : minus_infinity(view.dtype);
+                                 : no_mass(view);
   }
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(view.data);
-  const uint32_t none = minus_infinity(view.dtype) & 0xffffu;
+  const uint32_t none = no_mass(view) & 0xffffu;
   const uint32_t low = column < view.columns ? halves[column] : none;
   const uint32_t high = column + 1 < view.columns ? halves[column + 1] : none;
   return low | high << 16;
@@ -216,8 +221,8 @@ __device__ __forceinline__ void store_shifted(const View& view, int step, const 
   uint4 before = from_previous_lane(packed.first);
   if (view.is_float()) {
     uint4 before_second = from_previous_lane(packed.second);
-    if (!view.split) before = before_second, before_second = packed.first;
-    if (view.split && lane() == 0) before_second = before;
+    if (!view.split()) before = before_second, before_second = packed.first;
+    if (view.split() && lane() == 0) before_second = before;
     store_streaming(address_of(view, view.second(step)) - off,
                     shifted(before_second, packed.second, 16 - off));
   }
@@ -269,6 +274,15 @@ __device__ __forceinline__ void store_packed(const View& view, int step, const P
   is_ragged(view, step) ? store_ragged(view, step, packed) : store_whole(view, step, packed);
 }
 
+// One column, of the low half of a word or of all of it.
+__device__ __forceinline__ void store_single(const View& view, int column, uint32_t word) {
+  if (view.is_float()) {
+    reinterpret_cast<uint32_t*>(view.data)[column] = word;
+  } else {
+    reinterpret_cast<uint16_t*>(view.data)[column] = static_cast<uint16_t>(word);
+  }
+}
+
 // Columns [begin, end) become `value`; by the whole CTA.
 __device__ FASTKD_NOINLINE inline void fill(View view, int begin, int end, float value) {
   const float values[kPerLane] = {value, value, value, value, value, value, value, value};
@@ -284,15 +298,8 @@ __device__ FASTKD_NOINLINE inline void fill(View view, int begin, int end, float
   for (int i = thread; i < vectors; i += threads) {
     store_streaming(address_of(view, head + i * count), v);
   }
-  const auto single = [&](int column) {
-    if (view.is_float()) {
-      reinterpret_cast<uint32_t*>(view.data)[column] = v.x;
-    } else {
-      reinterpret_cast<uint16_t*>(view.data)[column] = static_cast<uint16_t>(v.x);
-    }
-  };
-  for (int i = begin + thread; i < head; i += threads) single(i);
-  for (int i = tail + thread; i < end; i += threads) single(i);
+  for (int i = begin + thread; i < head; i += threads) store_single(view, i, v.x);
+  for (int i = tail + thread; i < end; i += threads) store_single(view, i, v.x);
 }
 
 }  // namespace fastkd::cuda

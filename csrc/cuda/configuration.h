@@ -6,13 +6,24 @@
 
 namespace fastkd::cuda {
 
+// Whether clusters are persistent where there are more rows than run at one time: each has a row
+// after another, and the next one's slices on their way into shared memory by bulk copies. The
+// results are the same bits. Off until it has been measured, and then not in the kernels at all:
+// what a loop over rows keeps takes registers from the row. The emulation always has it.
+#ifndef FASTKD_PERSISTENT
+#define FASTKD_PERSISTENT 0
+#endif
+constexpr bool kPersistent = FASTKD_PERSISTENT;
+
 // A thread holds so many times 8 columns of both rows in registers, 16 for each: as many as leave
 // no kernel with registers spilled. From compute capability 10.0 on the compiler needs a few more
 // registers than before; by tickets it needs some for the addresses of their buffers.
 constexpr int kClusterVectors = 4;
 constexpr int kLaterClusterVectors = 3;
+constexpr int kLoopVectors = 1;  // so many less beside what a loop over rows keeps
 constexpr int cluster_vectors(int major) {
-  return major >= 10 ? kLaterClusterVectors : kClusterVectors;
+  return (major < 10 ? kClusterVectors : kLaterClusterVectors) -
+         (kPersistent ? kLoopVectors : 0);
 }
 constexpr int kTicketVectors = 3;
 constexpr int kThreads = 256;     // of a CTA, mostly
@@ -20,17 +31,6 @@ constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multipr
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxTickets = 171;  // 2^20 classes in slices of 6144
-
-// Whether clusters are persistent where there are more rows than run at one time: each has a row
-// after another, and the next one's slices on their way into shared memory by bulk copies. The
-// results are the same bits. Off until it has been measured, and then not in the kernels at all:
-// what a loop over rows keeps takes registers from the row. With FASTKD_PERSISTENT=1 the forward
-// kernel has 128 and spills none for sm_90, 76 bytes a thread for sm_100. The emulation always has
-// it.
-#ifndef FASTKD_PERSISTENT
-#define FASTKD_PERSISTENT 0
-#endif
-constexpr bool kPersistent = FASTKD_PERSISTENT;
 
 struct Plan {
   const char* error = nullptr;

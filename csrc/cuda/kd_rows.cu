@@ -7,6 +7,7 @@
 #include "kernel.h"
 #include "registers.h"
 #include "reread.h"
+#include "topk_row.h"
 
 namespace fastkd::cuda {
 namespace {
@@ -24,41 +25,78 @@ __device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, Ro
   Reread<Exchange, kMode>(row).run();
 }
 
+// Whether the GPU has what the exchange needs.
+#if !defined(__CUDACC__) || defined(FASTKD_CLUSTERS)
+template <class Exchange>
+constexpr bool kExists = true;
+#else
+template <class Exchange>
+constexpr bool kExists = std::is_same_v<Exchange, Tickets>;
+#endif
+
+// compute(row, exchange) for each row of this CTA of which there is something to compute.
+template <class Exchange, class Compute>
+__device__ __forceinline__ void each_row(const KdRows& call, const Plan& plan, unsigned* workspace,
+                                         Shared<Exchange>& shared, const Compute& compute) {
+  Exchange exchange(shared.exchange, call, plan, workspace);
+  exchange.start();
+  Row<Exchange> row(call, exchange, shared.row);
+  row.start();
+  do {
+    if (row.is_skipped()) {
+      exchange.ready();
+      row.write_row(0, 0);
+    } else if (row.label() < 0) {
+      exchange.ready();
+      row.write_row(kNaN, kNaN);
+    } else {
+      compute(row, exchange);
+    }
+  } while (row.next());
+  exchange.end();
+}
+
 template <class Exchange, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads)
     kd_rows_kernel(const __grid_constant__ KdRows call, const __grid_constant__ Plan plan,
                    unsigned* workspace) {
-#if !defined(__CUDACC__) || defined(FASTKD_CLUSTERS)
-  constexpr bool kExists = true;
-#else
-  constexpr bool kExists = std::is_same_v<Exchange, Tickets>;
-#endif
-  if constexpr (kExists) {
+  if constexpr (kExists<Exchange>) {
     auto& shared = shared_memory<Shared<Exchange>>();
-    Exchange exchange(shared.exchange, call, plan, workspace);
-    exchange.start();
-    Row<Exchange> row(call, exchange, shared.row);
-    row.start();
-    do {
-      if (row.is_skipped()) {
-        exchange.ready();
-        row.write_terms(0, 0);
-        row.fill_gradient(0);
-      } else if (row.label() < 0) {
-        exchange.ready();
-        row.write_terms(kNaN, kNaN);
-        row.fill_gradient(kNaN);
+    each_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
+      bool done = false;
+      if (row.longest() <= warps() * Exchange::kVectors) {
+        done = Registers<Exchange, kMode>(row).run();
       } else {
-        bool done = false;
-        if (row.longest() <= warps() * Exchange::kVectors) {
-          done = Registers<Exchange, kMode>(row).run();
-        } else {
-          exchange.ready();
-        }
-        if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
+        exchange.ready();
       }
-    } while (row.next());
-    exchange.end();
+      if (!done) reread<Exchange, kMode>(call, exchange, shared.row);
+    });
+  }
+}
+
+template <class Exchange>
+__device__ FASTKD_NOINLINE void reread(const KdRows& call, const SparseTeacher& teacher,
+                                       Exchange exchange, RowShared& shared) {
+  Row<Exchange> row(call, exchange, shared);
+  TopkRow<Exchange, false>(row, teacher).run();
+}
+
+// One CTA at least: left to itself the compiler takes 64 registers, and spills a few.
+template <class Exchange>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    topk_rows_kernel(const __grid_constant__ KdRows call,
+                     const __grid_constant__ SparseTeacher teacher,
+                     const __grid_constant__ Plan plan, unsigned* workspace) {
+  if constexpr (kExists<Exchange>) {
+    auto& shared = shared_memory<Shared<Exchange>>();
+    each_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
+      if (row.longest() <= warps() * Exchange::kVectors) {
+        TopkRow<Exchange, true>(row, teacher).run();
+      } else {
+        exchange.ready();
+        reread<Exchange>(call, teacher, exchange, shared.row);
+      }
+    });
   }
 }
 
@@ -109,20 +147,22 @@ Device ask(int device) {
   answer.vectors = cluster_vectors(major);
   KdRows call;
   answer.places = 1 << 30;
-  for (const double beta : {0.0, 0.5, 1.0}) {
-    call.beta = beta;
-    const auto tickets = kernel_of<Tickets>(call);
+  const auto prepare = [&](auto tickets, auto clusters) {
     if (error == cudaSuccess) {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&places, tickets, kThreads,
                                                             sizeof(Shared<Tickets>));
     }
     answer.places = std::min(answer.places, places * processors);
-    if (major < 9 || error != cudaSuccess) continue;
-    const auto clusters = kernel_of<Cluster>(call);
+    if (major < 9 || error != cudaSuccess) return;
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(clusters, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     }
+  };
+  prepare(topk_rows_kernel<Tickets>, topk_rows_kernel<Cluster>);
+  for (const double beta : {0.0, 0.5, 1.0}) {
+    call.beta = beta;
+    prepare(kernel_of<Tickets>(call), kernel_of<Cluster>(call));
   }
   answer.stage_bytes = shared - static_cast<int>(sizeof(Shared<Cluster>));
   for (const int threads : {kThreads, kMaxThreads}) {
@@ -155,41 +195,44 @@ Device ask_once() {
   return devices[device];
 }
 
+// `sparse`: the teacher, where the call has none itself.
 template <class Exchange>
-const char* launch(const KdRows& call, const Plan& plan, unsigned* workspace, cudaStream_t stream) {
+const char* launch(const KdRows& call, const SparseTeacher* sparse, const Plan& plan,
+                   unsigned* workspace, cudaStream_t stream) {
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config = shape<Exchange>(plan, call.N, &attribute);
   config.stream = stream;
-  return text(cudaLaunchKernelEx(&config, kernel_of<Exchange>(call), call, plan, workspace));
+  return text(
+      sparse != nullptr
+          ? cudaLaunchKernelEx(&config, topk_rows_kernel<Exchange>, call, *sparse, plan, workspace)
+          : cudaLaunchKernelEx(&config, kernel_of<Exchange>(call), call, plan, workspace));
 }
 
 TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
   return {call.N, plan.parts, plan.slots, call.keep < call.vocab_size};
 }
 
-}  // namespace
-
-void set_limits(const Limits& wanted) { limits = wanted; }
-
-Plan plan(const KdRows& call) {
-  const auto bytes =
-      static_cast<int>(2 * call.student.element_bytes() + call.teacher.element_bytes());
-  Plan plan = choose(call.N, call.vocab_size, bytes, ask_once(), limits);
-  plan.stage_begin = sizeof(Shared<Cluster>);
-  return plan;
+// The call without its teacher, which is a sparse one.
+KdRows student_rows(const TopkRows& call) {
+  KdRows rows;
+  rows.student = call.student;
+  rows.teacher.dtype = call.student.dtype;
+  rows.dstudent = call.dstudent;
+  rows.labels = call.labels;
+  rows.student_inv_temperature = call.student_inv_temperature;
+  rows.teacher_inv_temperature = call.teacher_inv_temperature;
+  rows.soft_weight = call.soft_weight;
+  rows.hard_weight = call.hard_weight;
+  rows.soft = call.soft;
+  rows.hard = call.hard;
+  rows.N = call.N;
+  rows.keep = rows.vocab_size = call.vocab_size;
+  rows.is_double = call.is_double;
+  return rows;
 }
 
-size_t workspace_bytes(const KdRows& call) {
-  const Plan layout = plan(call);
-  if (layout.cluster || layout.error != nullptr || call.N == 0) return 0;
-  return static_cast<size_t>(ticket_space(call, layout).bytes());
-}
-
-const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
+const char* run(const KdRows& call, const SparseTeacher* sparse, void* workspace, void* stream) {
   if (call.is_double) return "the CUDA kernels do not take float64 logits";
-  if (call.target_weight != nullptr || call.teacher_probs) {
-    return "the CUDA kernels have no decoupled terms and take no teacher's probabilities";
-  }
   if (call.N == 0) return nullptr;
   // Columns are int, and steps round them up.
   if (std::max({call.student.width, call.teacher.width, call.dstudent.width}) >= 1 << 30) {
@@ -200,10 +243,46 @@ const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
   if (call.N * layout.parts >= int64_t{1} << 31) return "more rows than one launch can have";
   const auto on = static_cast<cudaStream_t>(stream);
   auto* const counters = static_cast<unsigned*>(workspace);
-  if (layout.cluster) return launch<Cluster>(call, layout, nullptr, on);
+  if (layout.cluster) return launch<Cluster>(call, sparse, layout, nullptr, on);
   const auto bytes = static_cast<size_t>(ticket_space(call, layout).counter_bytes());
   if (const char* error = text(cudaMemsetAsync(workspace, 0, bytes, on))) return error;
-  return launch<Tickets>(call, layout, counters, on);
+  return launch<Tickets>(call, sparse, layout, counters, on);
+}
+
+}  // namespace
+
+void set_limits(const Limits& wanted) { limits = wanted; }
+
+Plan plan(const KdRows& call) {
+  const bool sparse = call.teacher.data == nullptr;
+  int64_t bytes = 2 * call.student.element_bytes();
+  Limits within = limits;
+  if (sparse) {
+    within.persistent = 0;  // they fetch both rows
+  } else {
+    bytes += call.teacher.element_bytes();
+  }
+  Plan plan = choose(call.N, call.vocab_size, static_cast<int>(bytes), ask_once(), within);
+  plan.stage_begin = sizeof(Shared<Cluster>);
+  return plan;
+}
+
+size_t workspace_bytes(const KdRows& call) {
+  const Plan layout = plan(call);
+  if (layout.cluster || layout.error != nullptr || call.N == 0) return 0;
+  return static_cast<size_t>(ticket_space(call, layout).bytes());
+}
+
+size_t workspace_bytes(const TopkRows& call) { return workspace_bytes(student_rows(call)); }
+
+const char* kd_rows(const KdRows& call, void* workspace, void* stream) {
+  return run(call, nullptr, workspace, stream);
+}
+
+const char* topk_rows(const TopkRows& call, void* workspace, void* stream) {
+  const SparseTeacher teacher{call.ids, static_cast<const float*>(call.log_probs),
+                              static_cast<const float*>(call.log_rest), call.k, call.restricted};
+  return run(student_rows(call), &teacher, workspace, stream);
 }
 
 }  // namespace fastkd::cuda

@@ -8,12 +8,14 @@ namespace fastkd::cuda {
 
 // All pointers of a call are device memory of the current device; dtypes are float, bfloat16, half.
 
-// Bytes of scratch memory that kd_rows needs for this call; 0: none.
+// Bytes of scratch memory that this call needs; 0: none.
 size_t workspace_bytes(const KdRows& call);
+size_t workspace_bytes(const TopkRows& call);
 
 // Enqueue the work on `stream`, a cudaStream_t of the current device. Return null, or what is
 // wrong.
 const char* kd_rows(const KdRows& call, void* workspace, void* stream);
+const char* topk_rows(const TopkRows& call, void* workspace, void* stream);
 const char* scale_rows(const ScaleRows& call, void* stream);
 
 }  // namespace fastkd::cuda

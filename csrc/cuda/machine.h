@@ -30,10 +30,16 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// log2(x), error 2^-22 relative to 1 or to the result, whichever is larger.
+// log2(x), error 2^-22 relative to 1 or to the result, whichever is larger. What is below the
+// smallest normal number is read as 0; by the second one exactly, for three instructions more.
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_subnormal(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

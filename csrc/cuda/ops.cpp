@@ -26,7 +26,9 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void kd_rows_cuda(const KdRows& call, const Tensor& student) {
+// Of cuda::kd_rows or cuda::topk_rows.
+template <auto run, class Call>
+void launch(const Call& call, const Tensor& student) {
   if (call.is_double || call.dstudent.dtype == DType::kDouble)
     check("the kernels take float32, bfloat16 and float16 logits, got float64");
   if (call.N == 0) return;
@@ -38,7 +40,7 @@ void kd_rows_cuda(const KdRows& call, const Tensor& student) {
   std::optional<Tensor> workspace;
   if (bytes > 0)
     workspace = torch::stable::new_empty(student, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  check(cuda::kd_rows(call, workspace ? workspace->data_ptr() : nullptr, current_stream(device)));
+  check(run(call, workspace ? workspace->data_ptr() : nullptr, current_stream(device)));
 }
 
 void scale_rows_cuda(const ScaleRows& call, const Tensor& dstudent) {
@@ -63,7 +65,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
-  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_cuda>));
+  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::launch<fastkd::cuda::kd_rows>>));
+  m.impl("topk_rows", TORCH_BOX(&fastkd::topk_rows<fastkd::launch<fastkd::cuda::topk_rows>>));
   m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cuda>));
 }
 

@@ -1,27 +1,29 @@
 // The core of rows whose slices fit the registers: every logit is read once, its exponential stays
 // where the logit was, one exchange, and the gradient is written from them.
 #pragma once
-#include <type_traits>
-
-#include "row.h"
+#include "slice.h"
 
 namespace fastkd::cuda {
 
 template <class Exchange, Mode kMode>
-class Registers {
+class Registers : Slice<Exchange, true> {
  public:
-  __device__ explicit Registers(Row<Exchange>& row) : row_(row) {}
+  __device__ explicit Registers(Row<Exchange>& row) : Slice<Exchange, true>(row) {}
 
   // False where the row has to be read again: infinities, or sums that cancel.
   __device__ bool run() {
-    load();
+    this->load([] {});
     if (own_hard()) sum_hard();
     if (row_.pruned()) prune();
+    if (row_.teacher_probs()) take_logarithms();
+    if constexpr (kMode == Mode::kForward) leave_out_label();
     if (row_.has_soft()) sum_soft();
     if (row_.power() > 1) sum_powers();
-    sums_.label = row_.label_logit();
+    sums_.label = row_.student_label();
+    sums_.label_teacher = row_.teacher_label();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
       if (kMode != Mode::kMixture && row_.has_soft()) row_.shared.divergence = divergence(sums);
+      if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
     });
     const float label = total.label;
     const Sums sums = total;
@@ -71,146 +73,13 @@ class Registers {
 
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
-  static constexpr int kVectors = Exchange::kVectors;
-  template <Source kSource>
-  using Is = std::integral_constant<Source, kSource>;
+  using Base = Slice<Exchange, true>;
+  using Base::each, Base::each_in_turn, Base::kVectors, Base::last, Base::maximum, Base::rotate;
+  using Base::row_, Base::step, Base::student_, Base::teacher_;
 
   __device__ bool own_hard() const { return row_.has_hard() && row_.power() == 0; }
-  __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }
-  __device__ int last() const {  // the last step of this warp, or one beyond the slice
-    int step = row_.begin() + warp();
-    while (step + warps() < row_.end()) step += warps();
-    return step;
-  }
   __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
   __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
-
-  template <class Fn>
-  __device__ __forceinline__ void each(const Fn& fn) {
-    const int first = step(0), end = row_.end();
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (first + i * warps() < end) fn(i);
-    }
-  }
-
-  // Once per step of the warp, in a loop that is not unrolled, for what is long and rare: what is
-  // held of each step moves up by one, so that every access has a fixed place in the registers.
-  template <class Fn, class Rotate>
-  __device__ __forceinline__ void each_in_turn(const Fn& fn, const Rotate& rotate) {
-#pragma unroll 1
-    for (int i = 0; i < kVectors; ++i) {
-      if (step(i) < row_.end()) fn(i);
-      rotate();
-    }
-  }
-  static __device__ __forceinline__ void rotate(Packed* items) {
-    const Packed first = items[0];
-#pragma unroll
-    for (int i = 0; i + 1 < kVectors; ++i) items[i] = items[i + 1];
-    items[kVectors - 1] = first;
-  }
-  static __device__ __forceinline__ void rotate(float (&items)[kVectors][kPerLane]) {
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const float first = items[0][j];
-#pragma unroll
-      for (int i = 0; i + 1 < kVectors; ++i) items[i][j] = items[i + 1][j];
-      items[kVectors - 1][j] = first;
-    }
-  }
-
-  // All loads are under way before the first is waited for.
-  __device__ __forceinline__ void load() {
-    Packed student[kVectors] = {}, teacher[kVectors] = {};
-    // A teacher that is not asked for has no columns.
-    const auto load_all = [&](auto source, const View& from, const View& of_teacher) {
-      constexpr Source kSource = decltype(source)::value;
-      const int first = step(0), end = row_.end();
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int step = first + i * warps();
-        student[i].first = load_inside<kSource>(from, from.first(step), step < end);
-        teacher[i].first = load_inside<kSource>(of_teacher, of_teacher.first(step), step < end);
-      }
-      // One tensor after the other: the two blocks around every vector of both are more than the
-      // registers hold.
-      const auto load_second = [&](const View& view, Packed(&packed)[kVectors]) {
-        if (!view.is_float()) return;
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          const int step = first + i * warps();
-          packed[i].second = load_inside<kSource>(view, view.second(step), step < end);
-        }
-      };
-      load_second(from, student);
-      load_second(of_teacher, teacher);
-    };
-    const auto is_aligned = [&] {
-      return row_.student().misaligned() == 0 &&
-             (!row_.has_soft() || row_.teacher().misaligned() == 0);
-    };
-    bool staged = false;
-    if constexpr (Exchange::kSeveralRows) {
-      const int next = row_.exchange.next_row();
-      if (next >= 0 && threadIdx.x == 0) row_.look_ahead(next);
-      staged = row_.is_staged();
-    }
-    if (staged) {
-      if constexpr (Exchange::kSeveralRows) {
-        load_all(Is<Source::kStaged>(), row_.staged(row_.student(), 0),
-                 row_.staged(row_.teacher(), 1));
-      }
-    } else if (is_aligned()) {
-      load_all(Is<Source::kAligned>(), row_.student(), row_.teacher());
-    } else {
-      load_all(Is<Source::kShifted>(), row_.student(), row_.teacher());
-    }
-    if constexpr (Exchange::kSeveralRows) {
-      if (row_.exchange.next_row() >= 0) {
-        __syncthreads();  // all of the stage has been read
-        if (threadIdx.x == 0) row_.fetch();
-      }
-    }
-    const int last = this->last();
-    if (!is_whole(row_.student(), step(0), last) ||
-        (row_.has_soft() && !is_whole(row_.teacher(), step(0), last))) {
-      each_in_turn(
-          [&](int i) {
-            patch(row_.student(), step(i), student[0]);
-            if (row_.has_soft()) patch(row_.teacher(), step(i), teacher[0]);
-          },
-          [&] {
-            rotate(student);
-            rotate(teacher);
-          });
-    }
-    row_.exchange.ready();
-    unpack_all(row_.student().dtype, student, student_);
-    unpack_all(row_.teacher().dtype, teacher, teacher_);
-  }
-
-  __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
-                                             float (&values)[kVectors][kPerLane]) {
-    // Also what is beyond the slice: else, in a loop over rows, it would be kept from one to the
-    // next.
-    const auto all = [&](DType dtype) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) unpack(dtype, packed[i], values[i]);
-    };
-    dtype == DType::kFloat      ? all(DType::kFloat)
-    : dtype == DType::kBFloat16 ? all(DType::kBFloat16)
-                                : all(DType::kHalf);
-  }
-
-  __device__ __forceinline__ float maximum(const float (&values)[kVectors][kPerLane]) {
-    float max = -kInf;
-    each([&](int i) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) max = fmaxf(max, values[i][j]);
-    });
-    return warp_max(max);
-  }
 
   __device__ __forceinline__ void sum_hard() {
     sums_.hard_frame = maximum(student_) * kLog2E;
@@ -227,8 +96,9 @@ class Registers {
 
   // Classes below the threshold no longer exist on either side.
   __device__ __forceinline__ void prune() {
+    const float none = row_.teacher_probs() ? 0.0f : -kInf;
     const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                                        row_.call.keep, [&](const auto& fn) {
+                                        row_.call.keep, none, [&](const auto& fn) {
                                           each([&](int i) {
 #pragma unroll
                                             for (int j = 0; j < kPerLane; ++j)
@@ -240,14 +110,44 @@ class Registers {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const float s = student_[i][j], t = teacher_[i][j];
-        nan |= s != s || t != t;
+        nan |= s != s || !(t >= none);
         const bool keep = t >= threshold;
         student_[i][j] = keep ? s : -kInf;
-        teacher_[i][j] = keep ? t : -kInf;
+        teacher_[i][j] = keep ? t : none;
       }
     });
     // A NaN is lost with its class: it has to show in the sums.
     if (nan) student_[0][0] = teacher_[0][0] = kNaN;
+  }
+
+  // Of probabilities, the logits in units of ln 2: NaN where one is negative.
+  __device__ __forceinline__ void take_logarithms() {
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_subnormal(teacher_[i][j]);
+    });
+  }
+
+  // By the warp that has it, where the label has a term of its own; but a NaN stays.
+  __device__ __forceinline__ void leave_out_label() {
+    if (!row_.decoupled()) return;
+    each([&](int i) {
+      const int index = row_.left_out(step(i));
+      if (index < 0) return;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        if (j != index) continue;
+        if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
+        if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
+      }
+    });
+  }
+  __device__ void set_target(const Sums& sums) {
+    const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;
+    const float student = fmaf(sums.label, student_scale(), -sums.other_frame) * kLn2;
+    row_.set_target(teacher - logf(sums.lead), student - logf(sums.other), sums.label > -kInf);
+    const float target = row_.shared.target.divergence;
+    if (target != target) row_.shared.divergence.exact = false;
   }
 
   __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
@@ -356,7 +256,9 @@ class Registers {
   __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
                                                float other, float from_student) {
     const float weight = row_.soft_weight() * row_.student_inverse();
-    const float hard = row_.power() == 1 ? row_.hard_weight() : 0.0f;
+    const float hard = row_.power() == 1         ? row_.hard_weight()
+                       : kMode == Mode::kForward ? row_.target_factor()
+                                                 : 0.0f;
     const bool off = row_.soft_weight() == 0;
     if constexpr (kMode == Mode::kForward) {
       // q / p - 1 in the frames of this warp: small where the two sides agree.
@@ -452,8 +354,6 @@ class Registers {
 
   static constexpr float kHuge = 3e38f;
 
-  Row<Exchange>& row_;
-  float student_[kVectors][kPerLane], teacher_[kVectors][kPerLane];
   Sums sums_;  // of this warp
   Combination forward_;
   float a_ = 0, b_ = 0;

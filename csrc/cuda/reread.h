@@ -17,7 +17,7 @@ class Reread {
   __device__ void run() {
     if (row_.pruned()) {
       threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                               row_.call.keep, [&](const auto& fn) {
+                               row_.call.keep, none(), [&](const auto& fn) {
                                  each_step([&](int, const float*, const float* teacher) {
                                    for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);
                                  });
@@ -37,9 +37,19 @@ class Reread {
     const bool mass = sums.lead > 0 && sums.other > 0;  // and no NaN
     per_q_ = 1 / student_sum;
     per_p_ = 1 / teacher_sum;
+    // Without the label a side may have no class that has mass: nothing to match, or no way to.
+    const bool empty = row_.decoupled() && (sums.lead == 0 || sums.other == 0);
+    if (empty) {
+      if (student_sum == 0) per_q_ = 0;
+      if (teacher_sum == 0) per_p_ = 0;
+    }
     float value = soft.value, from_student = 0;
     if (!row_.has_soft()) {
       value = 0;
+    } else if (row_.decoupled() && is_nan(row_.shared.target.divergence)) {
+      value = kNaN;
+    } else if (empty && !is_nan(sums.lead) && !is_nan(sums.other)) {
+      value = sums.lead == 0 ? 0 : kInf;
     } else if (!mass) {
       value = kNaN;
     } else if (kMode == Mode::kMixture) {
@@ -56,12 +66,13 @@ class Reread {
       const float frame = shares() ? student_frame_ : hard_frame_;
       hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
     }
+    if (is_nan(value) && threadIdx.x == 0) row_.shared.target.divergence = kNaN;
     row_.write_terms(value, hard);
     if (!row_.wants_gradient()) return;
     if (row_.template is_lost<kMode>(value, hard)) {
       row_.fill_gradient(kNaN);
     } else {
-      write_gradient(soft, from_student, row_.hard_weight() / sums.hard);
+      write_gradient(soft, empty, from_student, row_.hard_weight() / sums.hard);
       row_.fill_beyond();
     }
   }
@@ -72,6 +83,9 @@ class Reread {
   __device__ bool shares() const { return row_.power() == 1; }
   __device__ bool own_hard() const { return row_.has_hard() && !shares(); }
   __device__ float& other_frame() { return kReverse ? teacher_frame_ : student_frame_; }
+
+  __device__ static bool is_nan(float x) { return x != x; }
+  __device__ float none() const { return row_.teacher_probs() ? 0.0f : -kInf; }
 
   template <class Fn>
   __device__ void each_step(const Fn& fn) {
@@ -84,20 +98,32 @@ class Reread {
     }
   }
 
-  // Pruned classes are at -inf on both sides.
-  __device__ void prune(float* student, float* teacher) const {
-    if (!row_.pruned()) return;
+  // The logits of the classes that take part, of probabilities in units of ln 2; the others, pruned
+  // or the label set apart, are at -inf on both sides.
+  __device__ void take_part(int step, float* student, float* teacher) const {
+    if (row_.pruned()) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        if (teacher[j] >= threshold_) continue;
+        student[j] = -kInf;
+        teacher[j] = none();
+      }
+    }
+    if (row_.teacher_probs()) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) teacher[j] = log2_subnormal(teacher[j]);
+    }
+    const int index = row_.left_out(step);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (teacher[j] >= threshold_) continue;
-      student[j] = teacher[j] = -kInf;
+      if (j == index) student[j] = teacher[j] = -kInf;
     }
   }
 
   template <class Fn>
   __device__ void each_pruned(const Fn& fn) {
     each_step([&](int step, float* student, float* teacher) {
-      if (row_.has_soft()) prune(student, teacher);
+      if (row_.has_soft()) take_part(step, student, teacher);
       fn(step, student, teacher);
     });
   }
@@ -106,15 +132,15 @@ class Reread {
   __device__ void find_maxima() {
     float student_max = -kInf, teacher_max = -kInf, hard_max = -kInf;
     bool nan = false;
-    each_step([&](int, float* student, float* teacher) {
+    each_step([&](int step, float* student, float* teacher) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         hard_max = fmaxf(hard_max, student[j]);
         // A NaN of a pruned class is lost with it: it has to show in the sums.
-        nan |= row_.pruned() && (student[j] != student[j] || teacher[j] != teacher[j]);
+        nan |= row_.pruned() && (student[j] != student[j] || !(teacher[j] >= none()));
       }
       if (!row_.has_soft()) return;
-      prune(student, teacher);
+      take_part(step, student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         student_max = fmaxf(student_max, student[j]);
@@ -134,16 +160,12 @@ class Reread {
     __syncthreads();  // before the next sums come into the same place
   }
 
-  struct Pair {
-    float lead, other;  // exponentials
-    float x;            // ln lead - ln other, as far as it is finite
-    float difference;   // other - lead
-    float excess;       // lead phi(x)
-    bool forbidden;
-  };
-
   __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
 
+  // The expectation is over a class that the other side excludes.
+  __device__ static bool is_forbidden(float student, float teacher) {
+    return kReverse ? teacher == -kInf && student > -kInf : student == -kInf && teacher > -kInf;
+  }
   __device__ Pair pair(float student, float teacher) const {
     const float l = kReverse ? student : teacher, o = kReverse ? teacher : student;
     const float lead_frame = kReverse ? student_frame_ : teacher_frame_;
@@ -157,23 +179,14 @@ class Reread {
     const bool direct = lead_inverse == other_inverse && fabsf(lead_frame - other_frame) < 8;
     const float difference =
         direct ? fmaf(l - o, lead_inverse, other_frame - lead_frame) : y_lead - y_other;
-    Pair p;
-    p.x = fminf(fmaxf(difference, -kLargest), kLargest);  // NaN, of -inf on both sides, too
-    p.lead = exponential(y_lead);
-    p.other = exponential(y_other);
-    const bool near = fabsf(p.x) < 0.25f;
-    const float phi = p.x * p.x * phi_series(p.x);
-    p.difference = near ? p.lead * (phi - p.x) : p.other - p.lead;
-    p.excess = near ? p.lead * phi : fmaf(p.lead, p.x, p.difference);
-    p.forbidden = o == -kInf && l > -kInf;
-    return p;
+    return pair_of(exponential(y_lead), exponential(y_other), difference);
   }
 
   __device__ Sums sum(Divergence& soft) {
     Sums sums;
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
-    each_step([&](int, float* student, float* teacher) {
+    each_step([&](int step, float* student, float* teacher) {
       if (own_hard()) {
         float hard = 0;
 #pragma unroll
@@ -181,7 +194,7 @@ class Reread {
         sums.hard += hard;
       }
       if (!row_.has_soft()) return;
-      prune(student, teacher);
+      take_part(step, student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -191,7 +204,7 @@ class Reread {
         few.difference += p.difference;
         few.excess += p.excess;
         few.cross = fmaf(p.lead, p.x, few.cross);
-        few.forbidden += p.forbidden ? 1.0f : 0.0f;
+        few.forbidden += is_forbidden(student[j], teacher[j]) ? 1.0f : 0.0f;
       }
       sums.lead += few.lead;
       sums.other += few.other;
@@ -207,12 +220,22 @@ class Reread {
     sums.cross = warp_sum(sums.cross);
     sums.forbidden = warp_sum(sums.forbidden);
     sums.hard = warp_sum(sums.hard);
-    sums.label = row_.label_logit();
-    const Sums total =
-        row_.total(sums, [&](Sums& sums) { row_.shared.divergence = divergence(sums); });
+    sums.label = row_.student_label();
+    sums.label_teacher = row_.teacher_label();
+    const Sums total = row_.total(sums, [&](Sums& sums) {
+      row_.shared.divergence = divergence(sums);
+      if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
+    });
     soft = row_.shared.divergence;
     __syncthreads();
     return total;
+  }
+
+  // ln 0 is -inf: all the odds are on the label where nothing is left of a side.
+  __device__ void set_target(const Sums& sums) {
+    row_.set_target(fmaf(sums.label_teacher, teacher_inverse_, -teacher_frame_) - logf(sums.lead),
+                    fmaf(sums.label, student_inverse_, -student_frame_) - logf(sums.other),
+                    sums.label > -kInf);
   }
 
   struct Mixed {
@@ -248,9 +271,10 @@ class Reread {
     return row_.total(sums, [](Sums&) {});
   }
 
-  __device__ void write_gradient(const Divergence& soft, float from_student, float hard) {
-    const float weight = row_.soft_weight() * student_inverse_;
-    const float shared_hard = shares() ? row_.hard_weight() : 0.0f;
+  __device__ void write_gradient(const Divergence& soft, bool empty, float from_student,
+                                 float hard) {
+    const float weight = empty ? 0 : row_.soft_weight() * student_inverse_;
+    const float of_q = shares() ? row_.hard_weight() : row_.target_factor();  // besides
     const bool alike = fabsf(soft.ratio) < 0.5f;
     const Combination forward(per_q_, per_p_,
                               alike ? -per_p_ * soft.ratio / (1 + soft.ratio) : per_q_ - per_p_);
@@ -262,8 +286,8 @@ class Reread {
           gradient[j] = exponential(student[j] - hard_frame_) * hard;
         }
       }
-      if (row_.soft_weight() != 0 || shared_hard != 0) {
-        prune(student, teacher);
+      if (weight != 0 || of_q != 0) {
+        take_part(step, student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           float q = 0, of_soft = 0;
@@ -279,16 +303,14 @@ class Reread {
                 student[j] > -kInf ? forward(e.difference, e.other, e.lead) : 0;
             of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : difference;
           }
-          if (row_.soft_weight() != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
-          if (shared_hard != 0) gradient[j] = fmaf(q, shared_hard, gradient[j]);
+          if (weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
+          if (of_q != 0) gradient[j] = fmaf(q, of_q, gradient[j]);
         }
       }
       row_.add_label(step, gradient);
       store_packed(row_.dstudent(), step, pack(row_.dstudent().dtype, gradient));
     });
   }
-
-  static constexpr float kLargest = 3.4028234e38f;
 
   Row<Exchange>& row_;
   const float student_inverse_, teacher_inverse_, beta_;

@@ -1,6 +1,7 @@
 // What both cores of a row share (registers.h, reread.h): its arguments, its slice, the sums over
 // all its CTAs, and what is written of it besides the gradient proper.
 #pragma once
+#include "decoupled.h"
 #include "select.h"
 
 namespace fastkd::cuda {
@@ -9,16 +10,23 @@ namespace fastkd::cuda {
 // the logits.
 struct RowArguments {
   View student, teacher, dstudent;
-  float soft_weight, hard_weight, student_inverse, teacher_inverse;
+  float soft_weight, hard_weight, target_weight, student_inverse;
+  float teacher_inverse;  // times ln 2 where the teacher's logits are log2 of its probabilities
+  float at_label;  // what the gradient there has besides: of the hard term, of the label set apart
   int vocab;
   int begin, end;  // the slice of this CTA, in steps
   int longest;     // slice of the row
   int label;       // -1: no class
   bool has_soft, has_hard;
+  bool decoupled;  // the soft term leaves out the label
   bool pruned;
   // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
   // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
   int power;
+
+  __device__ bool is_skipped() const {
+    return fresh(soft_weight) == 0 && fresh(hard_weight) == 0 && fresh(target_weight) == 0;
+  }
 };
 
 // Where part `rank` of `size` begins.
@@ -32,15 +40,20 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
     return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
   };
   const bool split = call.student.dtype == DType::kFloat && call.teacher.dtype == DType::kFloat;
+  const int traits = split ? View::kSplit : 0;
+  const int probabilities = call.teacher_probs ? View::kProbabilities : 0;
   const int vocab = static_cast<int>(call.vocab_size);
   RowArguments a;
-  a.student = View(call.student, row, vocab, split);
-  a.teacher = View(call.teacher, row, call.soft_weight != nullptr ? vocab : 0, split);
-  a.dstudent = View(call.dstudent, row, vocab, split);
+  a.student = View(call.student, row, vocab, traits);
+  a.teacher =
+      View(call.teacher, row, call.soft_weight != nullptr ? vocab : 0, traits | probabilities);
+  a.dstudent = View(call.dstudent, row, vocab, traits);
   a.soft_weight = vector(call.soft_weight);
   a.hard_weight = vector(call.hard_weight);
+  a.target_weight = vector(call.target_weight);
+  a.at_label = -a.hard_weight;
   a.student_inverse = vector(call.student_inv_temperature);
-  a.teacher_inverse = vector(call.teacher_inv_temperature);
+  a.teacher_inverse = vector(call.teacher_inv_temperature) * (call.teacher_probs ? kLn2 : 1.0f);
   a.vocab = vocab;
   const int steps = (vocab + kStep - 1) / kStep;
   a.begin = share(steps, rank, size);
@@ -50,10 +63,13 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.label = label >= 0 && label < vocab ? static_cast<int>(label) : -1;
   a.has_soft = call.soft_weight != nullptr;
   a.has_hard = call.hard_weight != nullptr;
+  a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && call.keep < call.vocab_size;
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
-    if (a.has_hard && a.has_soft && !a.pruned && a.student_inverse == 1.0f / power) a.power = power;
+    const bool same = a.has_hard && a.has_soft && !a.pruned && !a.decoupled &&
+                      call.teacher.data != nullptr;  // not a sparse one
+    if (same && a.student_inverse == 1.0f / power) a.power = power;
   }
   return a;
 }
@@ -67,12 +83,24 @@ struct Ahead {
   uint64_t barrier;  // a phase for each of them
 };
 
+// Of a row with a sparse teacher; see topk_row.h.
+struct TopkShared {
+  float teacher_frame, student_frame;  // in which both sides' sums are about 1
+  Pair others;                         // all classes outside, of a bucket
+  bool valid, forbidden;
+  float frame, sum;  // of the student's exponentials at T = 1 over all classes
+  Combination gradient;
+  float lead, other;  // the second sums
+};
+
 struct RowShared {
   RowArguments arguments;
   Ahead ahead;  // persistent clusters
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
+  Binary target;  // of a decoupled row
+  TopkShared topk;
   SelectShared select;
 };
 
@@ -86,6 +114,7 @@ class Row {
 
   __device__ float soft_weight() const { return fresh(a.soft_weight); }
   __device__ float hard_weight() const { return fresh(a.hard_weight); }
+  __device__ float target_weight() const { return fresh(a.target_weight); }
   __device__ float student_inverse() const { return fresh(a.student_inverse); }
   __device__ float teacher_inverse() const { return fresh(a.teacher_inverse); }
   __device__ int begin() const { return fresh(a.begin); }
@@ -95,6 +124,7 @@ class Row {
   __device__ int vocab() const { return fresh(a.vocab); }
   __device__ bool has_soft() const { return fresh(a.has_soft); }
   __device__ bool has_hard() const { return fresh(a.has_hard); }
+  __device__ bool decoupled() const { return fresh(a.decoupled); }
   __device__ bool pruned() const { return fresh(a.pruned); }
   __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
@@ -152,7 +182,7 @@ class Row {
   __device__ void fetch() {
     Ahead& ahead = shared.ahead;
     const RowArguments& next = ahead.arguments;
-    if ((next.soft_weight == 0 && next.hard_weight == 0) || next.label < 0) return;
+    if (next.is_skipped() || next.label < 0) return;
     const auto each = [&](const auto& fn) {
       for (int which = 0; which < 2; ++which) {
         const View& view = which == 0 ? next.student : next.teacher;
@@ -178,13 +208,22 @@ class Row {
     ++ahead.fetches;
   }
 
-  __device__ bool is_skipped() const { return soft_weight() == 0 && hard_weight() == 0; }
+  __device__ bool is_skipped() const { return a.is_skipped(); }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
+  // And the target term that set_target() found.
   __device__ void write_terms(float soft, float hard) const {
     if (exchange.rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(call.soft)[exchange.row()] = has_soft() ? soft : 0.0f;
     static_cast<float*>(call.hard)[exchange.row()] = has_hard() ? hard : 0.0f;
+    if (decoupled()) static_cast<float*>(call.target)[exchange.row()] = shared.target.divergence;
+  }
+
+  // A row of which nothing has to be computed.
+  __device__ void write_row(float terms, float gradient) {
+    if (threadIdx.x == 0) shared.target.divergence = terms;
+    write_terms(terms, terms);
+    fill_gradient(gradient);
   }
 
   // The same gradient in every class of the slice; 0 beyond them all.
@@ -204,19 +243,47 @@ class Row {
   template <Mode kMode>
   __device__ bool is_lost(float soft, float hard) const {
     const bool infinite = kMode == Mode::kReverse && soft == kInf;
-    return (soft_weight() != 0 && (soft != soft || infinite)) ||
+    return ((soft_weight() != 0 || target_weight() != 0) && (soft != soft || infinite)) ||
            (hard_weight() != 0 && hard != hard);
   }
 
-  // The student's logit at the label, for the one thread that adds it to the sums: read by the
-  // CTA that may write over it later.
-  __device__ float label_logit() const {
-    if (!has_hard() || threadIdx.x != 0) return 0;
-    if (label() < begin() * kStep || label() >= end() * kStep) return 0;
-    const uint32_t word = load_word(student(), label());
+  __device__ static float at(const View& view, int column) {
     float values[kPerLane];
-    unpack(student().dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
+    unpack(view.dtype, {{load_word(view, column), 0, 0, 0}, {0, 0, 0, 0}}, values);
     return values[0];
+  }
+
+  // What a row has at the label, for the one thread that adds it to the sums: read by the CTA that
+  // may write over it later. The student's logit; the teacher's, or log2 of its probability.
+  __device__ float student_label() const {
+    return (has_hard() || decoupled()) && adds_label() ? at(student(), label()) : 0;
+  }
+  __device__ float teacher_label() const {
+    if (!decoupled() || !adds_label()) return 0;
+    const float value = at(teacher(), label());
+    if (!teacher_probs()) return value;
+    return value < kInf ? log2_subnormal(value) : kNaN;
+  }
+
+  // The label's term of a decoupled row, by one thread, from the log-odds of both sides.
+  __device__ void set_target(float teacher_odds, float student_odds, bool has_gradient) {
+    shared.target = binary_divergence(teacher_odds, student_odds);
+    const float weight = has_gradient ? target_weight() : 0.0f;
+    const float of_target = weight == 0 ? 0 : weight * student_inverse() * shared.target.delta;
+    shared.arguments.at_label = of_target - hard_weight();
+  }
+  // What q has besides in the gradient of every other class.
+  __device__ float target_factor() const {
+    if (!decoupled() || target_weight() == 0) return 0;
+    return -target_weight() * student_inverse() * fresh(shared.target.delta);
+  }
+  __device__ bool teacher_probs() const {
+    return (fresh(a.teacher.traits) & View::kProbabilities) != 0;
+  }
+  // Where a lane has the label of a decoupled row among its 8 columns of a step, or a number
+  // outside.
+  __device__ int left_out(int step) const {
+    return decoupled() && label() / kStep == step ? student().index(step, label()) : -1;
   }
 
   // Sums over the row of what each warp has, in the frames of the row's maxima; in shared memory,
@@ -246,11 +313,11 @@ class Row {
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
   __device__ void add_label(int step, float* gradient) const {
-    if (!has_hard() || label() / kStep != step) return;
+    if (fresh(a.at_label) == 0 || label() / kStep != step) return;
     const int index = dstudent().index(step, label());
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (j == index) gradient[j] -= hard_weight();
+      if (j == index) gradient[j] += fresh(a.at_label);
     }
   }
 
@@ -259,6 +326,10 @@ class Row {
   RowShared& shared;
 
  private:
+  __device__ bool adds_label() const {
+    return threadIdx.x == 0 && label() >= begin() * kStep && label() < end() * kStep;
+  }
+
   const RowArguments& a;
 };
 

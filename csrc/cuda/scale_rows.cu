@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = int64_t{blockIdx.x / parts} * warps() + warp(); row < call.N; row += rows) {
     const auto scale = static_cast<float>(call.scale_of(row));
     if (scale == 1) continue;
-    const View view(call.dstudent, row, call.dstudent.width, call.dstudent.dtype == DType::kFloat);
+    const View view(call.dstudent, row, call.dstudent.width,
+                    call.dstudent.dtype == DType::kFloat ? View::kSplit : 0);
     const int steps = (view.columns + kStep - 1) / kStep;
     const int begin = static_cast<int>(blockIdx.x % parts) * kStepsPerWarp;
     for (int step = begin; step < min(begin + kStepsPerWarp, steps); ++step) {

@@ -70,11 +70,12 @@ __device__ inline void find_bin(Exchange& exchange, SelectShared& shared, unsign
   __syncthreads();
 }
 
-// The keep-th largest of the row; -inf where no more than keep - 1 are finite. Of a row with a NaN
-// it is some number. `each(fn)` calls fn for every teacher logit of this CTA's slice.
+// The keep-th largest of the row's teacher, logits or probabilities; -inf where no more than keep -
+// 1 are above `none`, which has no mass. Of a row with a NaN it is some number. `each(fn)` calls fn
+// for every one of this CTA's slice.
 template <class Exchange, class Each>
 __device__ inline float kth_largest(Exchange& exchange, SelectShared& shared, DType dtype,
-                                    int64_t keep, const Each& each) {
+                                    int64_t keep, float none, const Each& each) {
   // The bits of a key that can differ: a float16 holds 11 of the 24 of a float's significand.
   const int last = dtype == DType::kFloat ? 0 : dtype == DType::kBFloat16 ? 16 : 13;
   unsigned rank = static_cast<unsigned>(keep), prefix = 0;
@@ -88,10 +89,10 @@ __device__ inline float kth_largest(Exchange& exchange, SelectShared& shared, DT
     __syncthreads();
     each([&](float logit) {
       const unsigned key = key_of(logit);
-      // What is at -inf is counted nowhere: there may be many, and any number of columns that do
+      // What has no mass is counted nowhere: there may be many, and any number of columns that do
       // not exist.
       const bool counts = shift == 32 || key >> (shift & 31) == prefix;
-      if (counts && logit != -kInf) atomicAdd(&shared.histogram[key >> below & mask], 1u);
+      if (counts && logit > none) atomicAdd(&shared.histogram[key >> below & mask], 1u);
     });
     __syncthreads();
     if (exchange.size() > 1) merge(exchange, shared.histogram);

@@ -25,9 +25,10 @@ struct alignas(16) Sums {
   float hard = 0;       // of the student's exponentials at T = 1 over all classes, see Row::power()
   float label = 0;      // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
-  float unused[3] = {};
+  float label_teacher = 0;  // what the teacher has at the label, as Row::teacher_label()
+  float unused[2] = {};
 
-  static constexpr int kFrames = 3, kFields = 13;  // the frames come first
+  static constexpr int kFrames = 3, kFields = 14;  // the frames come first
   __device__ float* fields() { return &lead_frame; }
 };
 constexpr int kSumsVectors = sizeof(Sums) / 16;
@@ -120,6 +121,21 @@ struct Combination {
     return fmaf(difference, least, fmaf(other, of_other, lead * of_lead));
   }
 };
+
+// One column, from its exponentials and x = ln lead - ln other, as far as that is finite.
+struct Pair {
+  float lead, other, x;
+  float difference;  // other - lead
+  float excess;      // lead phi(x)
+};
+__device__ __forceinline__ Pair pair_of(float lead, float other, float x) {
+  Pair p{lead, other, fminf(fmaxf(x, -3.4028234e38f), 3.4028234e38f)};  // also of a NaN, two -inf
+  const bool near = fabsf(p.x) < 0.25f;
+  const float phi = p.x * p.x * phi_series(p.x);
+  p.difference = near ? lead * (phi - p.x) : other - lead;
+  p.excess = near ? lead * phi : fmaf(lead, p.x, p.difference);
+  return p;
+}
 
 struct Divergence {
   float value;      // unweighted; not of a mixture

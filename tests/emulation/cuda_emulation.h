@@ -158,6 +158,12 @@ inline unsigned atomicAdd(unsigned* counter, unsigned value) {
   *counter += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* word, unsigned bits) {
+  emulation::progress();
+  const unsigned before = *word;
+  *word |= bits;
+  return before;
+}
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
@@ -196,7 +202,8 @@ inline float exp2_approx(float x) {
   if (y < 0x1p-126f) return 0;
   return x == std::floor(x) ? y : emulation::approximate(y, x);
 }
-inline float log2_approx(float x) { return emulation::approximate(std::log2(x), x); }
+inline float log2_subnormal(float x) { return emulation::approximate(std::log2(x), x); }
+inline float log2_approx(float x) { return log2_subnormal(std::fabs(x) < 0x1p-126f ? 0 : x); }
 inline float unknown(float x) { return x; }
 uint32_t pack_bfloat16(float low, float high);
 uint32_t pack_half(float low, float high);

@@ -17,13 +17,25 @@ namespace {
 using fastkd::DType;
 using fastkd::KdRows;
 using fastkd::Rows;
+using fastkd::TopkRows;
 
 constexpr int64_t kN = 7;
 constexpr float kBeyond = 1e4f;  // would be the largest logit of all
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // What the hard term is made of, and what else there is.
-enum class Terms { kSoft, kShared, kPower, kOwn, kPruned, kHardOnly, kEnd };
+enum class Terms {
+  kSoft,
+  kShared,
+  kPower,
+  kOwn,
+  kPruned,
+  kHardOnly,
+  kDecoupled,
+  kProbabilities,
+  kSparse,  // for a beta of 0 with a bucket, of 1 restricted, else renormalised
+  kEnd
+};
 
 struct Case {
   DType student = DType::kFloat, teacher = DType::kFloat;
@@ -57,6 +69,13 @@ struct Matrix {
     if (dtype == DType::kHalf) bits = fastkd::cuda::pack_half(value, 0);
     std::memcpy(bytes.data() + (r * stride + i) * size(), &bits, static_cast<size_t>(size()));
   }
+  void make_positive() {
+    if (dtype == DType::kFloat) {
+      for (size_t i = 3; i < bytes.size(); i += 4) bytes[i] &= 0x7f;
+    } else {
+      for (size_t i = 1; i < bytes.size(); i += 2) bytes[i] &= 0x7f;
+    }
+  }
   Rows rows() { return {bytes.data(), dtype, V, kN, 0, stride}; }
   // Of row r, column i on.
   std::vector<char> part(int64_t r, int64_t i, int64_t end) const {
@@ -78,6 +97,48 @@ uint64_t hash(uint64_t seed, const std::vector<T>& values) {
   return seed;
 }
 
+// Ids in order, and for some rows fewer of them: k is more than a CTA has threads.
+constexpr int64_t kIds = 100;
+std::vector<int64_t> ids;
+std::vector<float> log_probs, log_rest;
+
+TopkRows sparse(const KdRows& rows, const Case& c) {
+  ids.clear();
+  log_probs.clear();
+  for (int64_t r = 0; r < kN; ++r) {
+    for (int64_t i = 0; i < kIds; ++i) {
+      const int64_t id = i * (c.V / kIds + 1) + r;
+      ids.push_back(std::min(id, c.V));
+      log_probs.push_back(-4 - static_cast<float>(i % 7));
+    }
+  }
+  log_rest.assign(kN, -1);
+  TopkRows call;
+  call.student = rows.student;
+  call.dstudent = rows.dstudent;
+  call.ids = ids.data();
+  call.log_probs = log_probs.data();
+  if (c.beta == 0) call.log_rest = log_rest.data();
+  call.restricted = c.beta == 1;
+  call.labels = rows.labels;
+  call.student_inv_temperature = rows.student_inv_temperature;
+  call.teacher_inv_temperature = rows.teacher_inv_temperature;
+  call.soft_weight = rows.soft_weight;
+  call.hard_weight = rows.hard_weight;
+  call.soft = rows.soft;
+  call.hard = rows.hard;
+  call.N = rows.N;
+  call.k = kIds;
+  call.vocab_size = rows.vocab_size;
+  return call;
+}
+
+const char* launch(const auto& call, auto run) {
+  std::vector<uint4> workspace((fastkd::cuda::workspace_bytes(call) + 15) / 16,
+                               {~0u, ~0u, ~0u, ~0u});
+  return run(call, workspace.data(), nullptr);
+}
+
 void run(const Case& c) {
   Matrix student(1, c.student, c.V, c.odd), teacher(2, c.teacher, c.V, c.odd);
   Matrix gradient(3, c.student, c.V, false);
@@ -85,7 +146,7 @@ void run(const Case& c) {
   const std::vector<float> ones(kN, 1), inverse(kN, 1 / T), weight{1, 1, 1, 0, 1, 2, 3};
   std::vector<int64_t> labels{3, 700, -1, 1499, 0, 256, 1300};
   for (auto& label : labels) label = std::min(label, c.V - 1);
-  std::vector<float> soft(kN, -7), hard(kN, -7);
+  std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
   KdRows call;
   call.student = student.rows();
   call.teacher = teacher.rows();
@@ -103,9 +164,14 @@ void run(const Case& c) {
   call.keep = c.keep;
   call.vocab_size = c.V;
   call.beta = c.beta;
-  std::vector<uint4> workspace((fastkd::cuda::workspace_bytes(call) + 15) / 16,
-                               {~0u, ~0u, ~0u, ~0u});
-  const char* error = fastkd::cuda::kd_rows(call, workspace.data(), nullptr);
+  if (c.terms == Terms::kDecoupled) {
+    call.target_weight = weight.data();
+    call.target = target.data();
+  }
+  call.teacher_probs = c.terms == Terms::kProbabilities;
+  if (call.teacher_probs) teacher.make_positive();
+  const char* error = c.terms == Terms::kSparse ? launch(sparse(call, c), fastkd::cuda::topk_rows)
+                                                : launch(call, fastkd::cuda::kd_rows);
   if (error != nullptr) {
     std::printf("%s\n", error);
     return;
@@ -116,10 +182,11 @@ void run(const Case& c) {
       return;
     }
   }
-  std::printf("beta %g terms %d V %d: %016llx soft %.6f hard %.6f\n", c.beta,
-              static_cast<int>(c.terms), static_cast<int>(c.V),
-              static_cast<unsigned long long>(hash(hash(hash(0, soft), hard), written.bytes)),
-              soft[0], hard[0]);
+  std::printf(
+      "beta %g terms %d V %d: %016llx soft %.6f hard %.6f\n", c.beta, static_cast<int>(c.terms),
+      static_cast<int>(c.V),
+      static_cast<unsigned long long>(hash(hash(hash(hash(0, soft), hard), target), written.bytes)),
+      soft[0], hard[0]);
 }
 
 void run_all() {
@@ -134,6 +201,7 @@ void run_all() {
   for (const auto& [student, teacher] : dtypes) {
     for (const double beta : {0.0, 1.0, 0.5}) {
       for (int terms = 0; terms < static_cast<int>(Terms::kEnd); ++terms, ++index) {
+        if (static_cast<Terms>(terms) == Terms::kDecoupled && beta != 0) continue;
         Case c{student, teacher, beta, static_cast<Terms>(terms), lengths[index % 5]};
         c.keep = c.terms == Terms::kPruned ? std::max<int64_t>(c.V / 4, 1) : c.V;
         c.inplace = index % 2 == 0;
@@ -167,4 +235,6 @@ int main(int count, char** arguments) {
   run({.terms = Terms::kShared});
   run({.beta = 1, .terms = Terms::kPruned, .keep = 400});
   run({.beta = 0.5, .terms = Terms::kPower});
+  run({.terms = Terms::kDecoupled});
+  run({.terms = Terms::kSparse});
 }

@@ -34,13 +34,17 @@ cuda::Limits layout() {
   return limits;
 }
 
-template <bool kClusters>
-void kd_rows_emulated(const KdRows& call, const Tensor&) {
+template <bool kClusters, auto run, class Call>
+void emulated(const Call& call, const Tensor&) {
   const std::lock_guard<std::mutex> lock(mutex);
   cuda::set_limits(layout<kClusters>());
   std::vector<uint4> workspace(cuda::workspace_bytes(call) / 16 + 1, {~0u, ~0u, ~0u, ~0u});
-  check(cuda::kd_rows(call, workspace.data(), nullptr));
+  check(run(call, workspace.data(), nullptr));
 }
+template <bool kClusters>
+constexpr auto kKdRows = kd_rows<emulated<kClusters, cuda::kd_rows>>;
+template <bool kClusters>
+constexpr auto kTopkRows = topk_rows<emulated<kClusters, cuda::topk_rows>>;
 
 void scale_rows_emulated(const ScaleRows& call, const Tensor&) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -66,8 +70,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
   m.impl("emulation_schedule", TORCH_BOX(&fastkd::emulation_schedule));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("kd_rows_cluster", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_emulated<true>>));
-  m.impl("kd_rows_ticket", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_emulated<false>>));
+  m.impl("kd_rows_cluster", TORCH_BOX(fastkd::kKdRows<true>));
+  m.impl("kd_rows_ticket", TORCH_BOX(fastkd::kKdRows<false>));
+  m.impl("topk_rows_cluster", TORCH_BOX(fastkd::kTopkRows<true>));
+  m.impl("topk_rows_ticket", TORCH_BOX(fastkd::kTopkRows<false>));
   m.impl("scale_rows_cluster_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_emulated>));
   m.impl("scale_rows_ticket_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_emulated>));
 }

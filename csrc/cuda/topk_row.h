@@ -1,0 +1,383 @@
+// One row of the loss against a teacher of few classes: a sum of exponentials over the student's
+// row, which is read once where its slices fit the registers, sums over the classes that the
+// teacher names, each by the CTA that has its column, and the gradient. Formulas: fastkd/spec.py.
+#pragma once
+#include "slice.h"
+
+namespace fastkd::cuda {
+
+// Of a call; see TopkRows.
+struct SparseTeacher {
+  const int64_t* ids = nullptr;
+  const float* log_probs = nullptr;
+  const float* log_rest = nullptr;
+  int64_t k = 0;
+  bool restricted = false;
+};
+
+// kHeld: in registers; else the slice is read again for each step.
+template <class Exchange, bool kHeld>
+class TopkRow : Slice<Exchange, false> {
+ public:
+  __device__ TopkRow(Row<Exchange>& row, const SparseTeacher& teacher)
+      : Slice<Exchange, false>(row),
+        teacher_(teacher),
+        shared_(row.shared.topk),
+        named_(row.shared.select.histogram),
+        ids_(teacher.ids + row.exchange.row() * teacher.k),
+        log_probs_(teacher.log_probs + row.exchange.row() * teacher.k),
+        bucket_(row.has_soft() && teacher.log_rest != nullptr),
+        whole_(row.has_soft() && !bucket_ && !teacher.restricted) {}
+
+  __device__ void run() {
+    if constexpr (kHeld) {
+      this->load([&] {
+        if (row_.has_soft()) mark(row_.begin(), row_.end());
+      });
+    }
+    Sums sums;
+    sum_classes(sums);
+    if (row_.has_soft()) sum_named(sums);
+    sums.label = row_.student_label();
+    const Sums total = row_.total(sums, [&](Sums& sums) {
+      if (row_.has_soft()) normalise(sums);
+    });
+    Sums parts;
+    parts.lead_frame = parts.other_frame = parts.hard_frame = 0;
+    if (row_.has_soft()) sum_pairs(parts, total);
+    row_.total(parts, [&](Sums& sums) { finish(total, sums); });
+    const float soft = row_.has_soft() ? fresh(row_.shared.divergence.value) : 0;
+    float hard = 0;
+    if (row_.has_hard()) hard = row_.hard_term(sum(), frame(), kLog2E, total.label, 1);
+    row_.write_terms(soft, hard);
+    if (!row_.wants_gradient()) return;
+    if (row_.template is_lost<Mode::kForward>(soft, hard)) {
+      row_.fill_gradient(kNaN);
+    } else {
+      const bool puts_back = row_.soft_weight() != 0;
+      if (puts_back) write_named();
+      __syncthreads();
+      write_classes(total, puts_back);
+      row_.fill_beyond();
+    }
+  }
+
+ private:
+  using Base = Slice<Exchange, false>;
+  using Base::row_;
+  static constexpr int kMarked = kBins * 32 / kStep;  // steps whose columns have a bit each
+
+  __device__ float sum() const { return fresh(shared_.sum); }
+  __device__ float frame() const { return fresh(shared_.frame); }
+  __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
+  __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
+  __device__ static float used(float frame) { return frame > -kInf ? frame : 0; }
+
+  // --- the row's columns
+
+  // A bit for each column of these steps that the teacher names.
+  __device__ void mark(int begin, int end) {
+    __syncthreads();
+    const int words = (end - begin) * (kStep / 32);
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) {
+      named_[i] = 0;
+    }
+    __syncthreads();
+    each_named(begin, end, [&](int64_t, int column) {
+      const int bit = column - begin * kStep;
+      atomicOr(&named_[bit / 32], 1u << bit % 32);
+    });
+    __syncthreads();
+  }
+  // Of the lane's 8 columns of a step.
+  __device__ unsigned named(int marked, int step) const {
+    const View view = row_.student();
+    const int first = view.first(step) - marked * kStep,
+              second = view.second(step) - marked * kStep;
+    return (named_[first / 32] >> first % 32 & 15u) | (named_[second / 32] >> second % 32 & 15u)
+                                                          << 4;
+  }
+
+  // fn(step, logits, which of the columns the teacher names: of 8, where `marked`)
+  template <class Fn>
+  __device__ __forceinline__ void each_step(bool marked, const Fn& fn) {
+    if constexpr (kHeld) {
+      Base::each([&](int i) {
+        const int step = Base::step(i);
+        fn(step, this->student_[i], marked ? named(row_.begin(), step) : 0u);
+      });
+    } else {
+      for (int begin = row_.begin(); begin < row_.end(); begin += kMarked) {
+        const int end = min(begin + kMarked, row_.end());
+        if (marked) mark(begin, end);
+        for (int step = begin + warp(); step < end; step += warps()) {
+          float logits[kPerLane];
+          unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
+          fn(step, logits, marked ? named(begin, step) : 0u);
+        }
+      }
+    }
+  }
+
+  // Sums of exponentials: over all classes at T where q is over them all, and at T = 1: over those
+  // outside for a bucket, which pools its classes before their sum is taken to the power 1 / T,
+  // over all for the hard term.
+  __device__ __forceinline__ void sum_classes(Sums& sums) {
+    bool nan = false;
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+      const bool at_one = which == 1;
+      const bool wanted = !at_one ? whole_ : bucket_ || (row_.has_hard() && !shares());
+      const bool scan = at_one && teacher_.restricted;  // one outside is in none of the sums
+      if (!wanted && !scan) continue;
+      const bool outside = at_one && bucket_;
+      const float scale = at_one ? kLog2E : student_scale();
+      float max = -kInf;
+      each_step(outside, [&](int, const float* logits, unsigned named) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          nan |= logits[j] != logits[j];
+          max = fmaxf(max, named >> j & 1u ? -kInf : logits[j]);
+        }
+      });
+      if (!wanted) continue;
+      const float frame = warp_max(max) * scale, base = used(frame);
+      float sum = 0;
+      each_step(outside, [&](int, const float* logits, unsigned named) {
+        float few = 0;
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          const float e = exp2_approx(fmaf(logits[j], scale, -base));
+          few += named >> j & 1u ? 0.0f : e;
+        }
+        sum += few;
+      });
+      sum = warp_sum(sum);
+      (at_one ? sums.hard_frame : sums.other_frame) = frame;
+      (at_one ? sums.hard : sums.other) = sum;
+    }
+    // In the sum over the teacher's classes, which is part of the soft term alone.
+    sums.lead = warp_sum(nan ? kNaN : 0.0f);
+  }
+  // The hard term has the same exponentials as the soft one.
+  __device__ bool shares() const { return whole_ && row_.student_inverse() == 1; }
+
+  // --- the classes that the teacher names
+
+  // fn(index, column) for those in these steps, by a thread each.
+  template <class Fn>
+  __device__ void each_named(int begin, int end, const Fn& fn) const {
+    const int64_t first = int64_t{begin} * kStep;
+    const int64_t last = min(int64_t{end} * kStep, int64_t{row_.vocab()});
+    for (int64_t n = threadIdx.x; n < teacher_.k; n += blockDim.x) {
+      const int64_t id = ids_[n];
+      if (id >= first && id < last) fn(n, static_cast<int>(id));
+    }
+  }
+  // fn(log_prob, logit, column) for those of this CTA.
+  template <class Fn>
+  __device__ void each_own(const Fn& fn) const {
+    each_named(row_.begin(), row_.end(), [&](int64_t n, int column) {
+      fn(log_probs_[n], row_.at(row_.student(), column), column);
+    });
+  }
+
+  // A sum of 2^(x scale - frame), in the frame of its maximum.
+  struct Online {
+    float scale, frame = -kInf, sum = 0;
+    __device__ void add(float x) {
+      if (x == -kInf) return;
+      const float higher = fmaxf(frame, x * scale);
+      sum = sum * exp2_approx(frame - higher) + exp2_approx(fmaf(x, scale, -higher));
+      frame = higher;
+    }
+    __device__ void over_warp() {
+      const float highest = warp_max(frame);
+      sum = warp_sum(frame > -kInf ? sum * exp2_approx(frame - highest) : sum);
+      frame = highest;
+    }
+  };
+
+  __device__ void sum_named(Sums& sums) const {
+    Online p{teacher_scale()}, q{student_scale()};
+    each_own([&](float log_prob, float logit, int) {
+      p.add(log_prob);
+      if (!whole_) q.add(logit);
+    });
+    p.over_warp();
+    sums.lead_frame = p.frame;
+    sums.lead += p.sum;
+    if (whole_) return;
+    q.over_warp();
+    sums.other_frame = q.frame;
+    sums.other = q.sum;
+  }
+
+  // By one thread: the frames of the second sums, in which nothing cancels where both sides agree,
+  // and what is outside.
+  __device__ void normalise(const Sums& total) {
+    float teacher = total.lead, teacher_frame = total.lead_frame;
+    float student = total.other, student_frame = total.other_frame;
+    const auto add = [](float& sum, float& frame, float log) {
+      if (log == -kInf) return;
+      const float higher = fmaxf(frame, log);
+      sum = (frame > -kInf ? sum * exp2_approx(frame - higher) : sum) + exp2_approx(log - higher);
+      frame = higher;
+    };
+    float log_rest = -kInf, log_others = -kInf;
+    if (bucket_) {
+      log_rest = teacher_.log_rest[row_.exchange.row()] * teacher_scale();
+      if (total.hard != 0) {
+        log_others = (total.hard_frame + logf(total.hard) * kLog2E) * row_.student_inverse();
+      }
+      add(teacher, teacher_frame, log_rest);
+      add(student, student_frame, log_others);
+    }
+    shared_.valid = teacher > 0 && student > 0;
+    shared_.teacher_frame = teacher_frame + logf(teacher) * kLog2E;
+    shared_.student_frame = student_frame + logf(student) * kLog2E;
+    shared_.others = pair(log_rest - shared_.teacher_frame, log_others - shared_.student_frame);
+    shared_.forbidden = log_others == -kInf && log_rest > -kInf;
+  }
+
+  // Of one class, from base-2 logarithms.
+  __device__ static Pair pair(float teacher, float student) {
+    return pair_of(exp2_approx(teacher), exp2_approx(student), (teacher - student) * kLn2);
+  }
+  __device__ Pair pair_at(float log_prob, float logit) const {
+    return pair(fmaf(log_prob, teacher_scale(), -fresh(shared_.teacher_frame)),
+                fmaf(logit, student_scale(), -fresh(shared_.student_frame)));
+  }
+
+  // At T = 1 a bucket's hard term needs the classes inside as well, in this frame.
+  __device__ float common_frame(const Sums& total) const {
+    const float inside = bucket_ ? total.other_frame / row_.student_inverse() : -kInf;
+    return used(fmaxf(total.hard_frame, inside));
+  }
+
+  __device__ void sum_pairs(Sums& sums, const Sums& total) const {
+    const float frame = common_frame(total);
+    each_own([&](float log_prob, float logit, int) {
+      add(sums, pair_at(log_prob, logit));
+      sums.forbidden += logit == -kInf && log_prob > -kInf ? 1.0f : 0.0f;
+      if (bucket_ && row_.has_hard()) sums.hard += exp2_approx(fmaf(logit, kLog2E, -frame));
+    });
+    sums.lead = warp_sum(sums.lead);
+    sums.other = warp_sum(sums.other);
+    sums.difference = warp_sum(sums.difference);
+    sums.excess = warp_sum(sums.excess);
+    sums.cross = warp_sum(sums.cross);
+    sums.forbidden = warp_sum(sums.forbidden);
+    sums.hard = warp_sum(sums.hard);
+  }
+  __device__ static void add(Sums& sums, const Pair& p) {
+    sums.lead += p.lead;
+    sums.other += p.other;
+    sums.difference += p.difference;
+    sums.excess += p.excess;
+    sums.cross = fmaf(p.lead, p.x, sums.cross);
+  }
+
+  // By one thread: the divergence, what its gradient is made of, and the hard term's sum.
+  __device__ void finish(const Sums& total, Sums& sums) {
+    if (row_.has_soft()) {
+      if (bucket_) add(sums, shared_.others);
+      shared_.lead = whole_ ? -1 : sums.lead;  // q may be of more classes than these
+      shared_.other = sums.other;
+      Divergence soft;
+      if (whole_) {  // q is what it is; p ln(p / q) - p + q of the others adds up to their q
+        soft.value = fmaxf(sums.excess + (1 - sums.other), 0.0f);
+        shared_.gradient = Combination(1, 1, 0);
+      } else {
+        soft = divergence(sums);
+        const float p = 1 / sums.lead, q = 1 / sums.other;
+        const bool alike = fabsf(soft.ratio) < 0.5f;
+        shared_.gradient = Combination(q, p, alike ? -p * soft.ratio / (1 + soft.ratio) : q - p);
+      }
+      if (sums.forbidden > 0 || (bucket_ && shared_.forbidden)) soft.value = kInf;
+      const bool nan = total.lead != total.lead || total.other != total.other;
+      row_.shared.divergence.value = shared_.valid && !nan ? soft.value : kNaN;
+    }
+    shared_.frame = shares() ? total.other_frame : common_frame(total);
+    float sum = shares() ? total.other : total.hard;
+    if (bucket_) {
+      const float down = used(total.hard_frame) - shared_.frame;
+      sum = sums.hard + (sum == 0 ? 0 : sum * exp2_approx(down));
+    }
+    shared_.sum = sum;
+  }
+
+  // --- the gradient
+
+  __device__ float difference(
+      const Pair& p) const {  // q - p; exact of a class that is all there is
+    if (p.lead == shared_.lead && p.other == shared_.other) return 0;
+    return shared_.gradient(p.difference, p.other, p.lead);
+  }
+
+  // Of the classes named, where write_classes() will find it.
+  __device__ void write_named() const {
+    const float weight = row_.soft_weight() * row_.student_inverse();
+    const float hard = row_.hard_weight() == 0 ? 0 : row_.hard_weight() / sum();
+    each_own([&](float log_prob, float logit, int column) {
+      float gradient = logit > -kInf ? weight * difference(pair_at(log_prob, logit)) : 0;
+      if (hard != 0) gradient = fmaf(exp2_approx(fmaf(logit, kLog2E, -frame())), hard, gradient);
+      if (row_.has_hard() && column == row_.label()) gradient -= row_.hard_weight();
+      const float values[kPerLane] = {gradient};
+      store_single(row_.dstudent(), column, pack(row_.dstudent().dtype, values).first.x);
+    });
+  }
+
+  // One factor for the soft term's exponentials, and one for the hard term's: 0, where these are
+  // the same.
+  __device__ __forceinline__ void write_classes(const Sums& total, bool puts_back) {
+    const float weight = row_.soft_weight() * row_.student_inverse();
+    float scale = kLog2E, base = frame(), factor = 0, hard = 0;
+    if (row_.hard_weight() != 0) hard = row_.hard_weight() / sum();
+    if (whole_ && row_.soft_weight() != 0) {
+      scale = student_scale(), base = used(total.other_frame), factor = weight / total.other;
+    } else if (bucket_ && row_.soft_weight() != 0) {
+      base = used(total.hard_frame);
+      if (total.hard > 0) {  // else there is no mass outside
+        factor =
+            weight * difference(shared_.others) / total.hard + hard * exp2_approx(base - frame());
+      }
+      hard = 0;
+    }
+    if (scale == kLog2E && base == frame()) factor += hard, hard = 0;
+    const float hard_base = frame();
+    each_step(puts_back, [&](int step, const float* logits, unsigned named) {
+      float gradient[kPerLane];
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        gradient[j] = exp2_approx(fmaf(logits[j], scale, -base)) * factor;
+      }
+      if (hard != 0) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          gradient[j] = fmaf(exp2_approx(fmaf(logits[j], kLog2E, -hard_base)), hard, gradient[j]);
+        }
+      }
+      row_.add_label(step, gradient);
+      const View dstudent = row_.dstudent();
+      if (named != 0) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          const int column = j < 4 ? dstudent.first(step) + j : dstudent.second(step) + j - 4;
+          if (named >> j & 1u) gradient[j] = row_.at(dstudent, column);
+        }
+      }
+      __syncwarp();
+      store_packed(dstudent, step, pack(dstudent.dtype, gradient));
+    });
+  }
+
+  const SparseTeacher& teacher_;
+  TopkShared& shared_;
+  unsigned* const named_;
+  const int64_t* const ids_;
+  const float* const log_probs_;
+  const bool bucket_, whole_;
+};
+
+}  // namespace fastkd::cuda
