@@ -73,6 +73,13 @@ if _HAS_NATIVE:
     import_module("fastkd._C")  # registers the CPU kernels
 
 
+METHODS = {  # and what a message calls them
+    "decoupled": "the decoupled loss",
+    "probabilities": "losses from a teacher's probabilities",
+    "sparse": "losses from a sparse teacher",
+}
+
+
 class Backend(NamedTuple):
     suffix: str  # of its ops
     missing: list[str]  # why it cannot run in this process, whatever the tensors
@@ -80,11 +87,11 @@ class Backend(NamedTuple):
     float64: bool = True  # whether it takes float64 logits
     unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
     by_name: bool = False  # "auto" passes it over
-    plain: bool = False  # has kd_rows alone, without decoupled terms or a teacher's probabilities
+    methods: frozenset[str] = frozenset(METHODS)  # that it has besides kd_loss between logits
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
-    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit, plain=True),
+    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit, methods=frozenset()),
     "triton": Backend(
         "_triton",
         triton_backend.MISSING,
@@ -92,7 +99,7 @@ _BACKENDS = {  # in the order in which "auto" tries them
         float64=False,
         unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
         by_name=triton_backend.INTERPRETED,
-        plain=True,
+        methods=frozenset({"decoupled", "probabilities"}),
     ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"
@@ -139,7 +146,9 @@ class Ops(NamedTuple):
     topk_rows: Any
 
 
-def _backend_ops(name: str, device: torch.device, dtype: torch.dtype, plain: bool) -> Ops:
+def _backend_ops(
+    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str]
+) -> Ops:
     double = dtype == torch.float64
     if name == "auto":
         name = next(
@@ -147,7 +156,7 @@ def _backend_ops(name: str, device: torch.device, dtype: torch.dtype, plain: boo
             for name, backend in _BACKENDS.items()
             if not backend.by_name
             and (backend.float64 or not double)
-            and (plain or not backend.plain)
+            and methods <= backend.methods
             and _can_run(backend, device)
         )
     if name not in _BACKENDS:
@@ -167,10 +176,9 @@ def _backend_ops(name: str, device: torch.device, dtype: torch.dtype, plain: boo
             f"backend {name!r} takes float32, bfloat16 and float16 logits, got float64: "
             'pass backend="auto"'
         )
-    if backend.plain and not plain:
+    if lacking := [what for method, what in METHODS.items() if method in methods - backend.methods]:
         raise ValueError(
-            f"backend {name!r} computes kd_loss between logits, not yet the decoupled loss, from "
-            'a teacher\'s probabilities or from a sparse teacher: pass backend="auto"'
+            f'backend {name!r} does not compute {" and ".join(lacking)} yet: pass backend="auto"'
         )
     x = backend.suffix
     names = (f"kd_rows{x}", f"scale_rows{x}_", f"topk_rows{x}")
@@ -178,14 +186,16 @@ def _backend_ops(name: str, device: torch.device, dtype: torch.dtype, plain: boo
 
 
 # The choice takes as long as the kernel.
-_CHOSEN: dict[tuple[str, torch.device, torch.dtype, bool], Ops] = {}
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype, frozenset[str]], Ops] = {}
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, plain: bool = True) -> Ops:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str] = frozenset()
+) -> Ops:
     """The ops of the first backend that can run, or of the one asked for.
 
-    `dtype` is that of the arithmetic, spec.compute_dtype. `plain`: the terms of kd_loss between
-    logits are all that is needed.
+    `dtype` is that of the arithmetic, spec.compute_dtype. `methods`: those of METHODS
+    that are needed.
 
     Raises:
         TypeError: a backend that does not take the dtype.
@@ -194,7 +204,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, plain: b
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str, got {type(name).__name__}")
-    key = (name, device, dtype, plain)
+    key = (name, device, dtype, methods)
     ops = _CHOSEN.get(key)
     if ops is None:
         ops = _CHOSEN[key] = _backend_ops(*key)

@@ -77,6 +77,12 @@ def _row_scales(
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
 
 
+def _methods(decoupled: bool, probs: bool, sparse: bool) -> frozenset[str]:
+    """Those of ops.METHODS that a call needs of its backend."""
+    needed = {"decoupled": decoupled, "probabilities": probs, "sparse": sparse}
+    return frozenset(method for method, needs in needed.items() if needs)
+
+
 NOT_COMPUTED = Term()
 
 
@@ -165,6 +171,6 @@ def request(
         teacher_probs=probs,
         inplace=inplace,
         ops=ops.choose_backend(
-            backend, student_logits.device, dtype, plain=not (decoupled or probs or sparse)
+            backend, student_logits.device, dtype, _methods(decoupled, probs, sparse)
         ),
     )

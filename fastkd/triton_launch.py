@@ -232,20 +232,19 @@ def kd_rows(
     teacher_probs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op fastkd::kd_rows_triton; arguments as in spec.kd_rows."""
-    if target_weight is not None or teacher_probs:
-        raise ValueError(
-            "fastkd: the Triton kernels compute neither decoupled terms nor from probs"
-        )
     given = [x for x in (student, teacher, dstudent) if x is not None]
     if len({x.dim() for x in given}) > 1:
         leading = max((x.shape[:-1] for x in given), key=len)
         student, teacher = _as(student, leading), _as(teacher, leading)
         dstudent = None if dstudent is None else _as(dstudent, leading)
     vectors = [student_inv_temperature, teacher_inv_temperature]
-    vectors += [v for v in (soft_weight, hard_weight) if v is not None]
+    vectors += [v for v in (soft_weight, hard_weight, target_weight, target) if v is not None]
     _check(student, teacher, dstudent, vectors, labels, vocab_size)
-    if keep < 1 or (labels is None and hard_weight is not None):
-        raise ValueError("fastkd: keep < 1, or a hard term without labels")
+    apart = target_weight is not None
+    if keep < 1 or (labels is None and (apart or hard_weight is not None)):
+        raise ValueError("fastkd: keep < 1, or a term of the labels without labels")
+    if apart and (target is None or soft_weight is None or beta != 0):
+        raise ValueError("fastkd: decoupled terms need target and soft_weight, and beta = 0")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
     N = soft.numel()
@@ -275,11 +274,13 @@ def kd_rows(
             student_inv_temperature, teacher_inv_temperature,
             soft if soft_weight is None else soft_weight,
             hard if hard_weight is None else hard_weight,
-            soft, hard, counters, shared,
+            target_weight if apart else soft, soft, hard, target if apart else soft,
+            counters, shared,
             N, parts, columns, student.shape[-2], vocab_size, student.shape[-1],
             min(keep, vocab_size), beta, 1 - beta,
             *s[2:], *t[2:], *g[2:],
-            DIVERGENCE=divergence, PRUNE=prune,
+            DIVERGENCE=divergence, PRUNE=prune, PROBS=teacher_probs and divergence != NONE,
+            APART=apart,
             HARD=hard_weight is not None, LABELS=labels is not None, GRADIENT=dstudent is not None,
             VECTOR=vector, G_VECTOR=vector if g is s or s.alike(g, lane) else 1, LANE=lane,
             **options,

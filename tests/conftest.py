@@ -37,6 +37,10 @@ class Backend:
         """In Triton's interpreter a row takes some 20 ms: fewer and shorter ones, then."""
         return self.name == "triton" and triton_backend.INTERPRETED
 
+    @property
+    def widest(self) -> torch.dtype:
+        return torch.float64 if self.float64 else torch.float32
+
     def need(self, *dtypes: torch.dtype) -> None:
         if torch.float64 in dtypes and not self.float64:
             pytest.skip(f"the {self.name} backend refuses float64")
@@ -186,6 +190,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda sees none"))
+
+
+def near(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+    """Formulas that were computed otherwise, in float64: to the precision of `actual`."""
+    for a, e in zip(actual, exact, strict=True):
+        eps = 1e-7 if a.dtype == torch.float64 else 4e-6  # as in the tests against the definition
+        scale = max(1.0, e[e.isfinite()].abs().max().item())
+        torch.testing.assert_close(a.double(), e.double(), rtol=eps, atol=eps * scale)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale=3.0) -> Tensor:

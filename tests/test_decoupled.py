@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INF, NAN, assert_close, normal, pair, some_labels
+from conftest import INF, NAN, assert_close, near, normal, pair, some_labels
 from torch import Tensor
 
 from fastkd import DKDLoss, dkd_loss, kd_loss, ops
@@ -19,8 +19,8 @@ LABEL = torch.tensor([4])
 @pytest.fixture
 def backend(kernel):
     backend = kernel
-    if ops._BACKENDS[backend.name].plain:
-        with pytest.raises(ValueError, match="not yet the decoupled loss"):
+    if "decoupled" not in ops._BACKENDS[backend.name].methods:
+        with pytest.raises(ValueError, match="does not compute the decoupled loss"):
             z = torch.zeros(1, 2, device=backend.device)
             dkd_loss(z, z, torch.zeros(1, dtype=torch.int64, device=z.device), backend=backend.name)
         pytest.skip(f"the {backend.name} backend has no decoupled terms")
@@ -47,11 +47,13 @@ def textbook(z: Tensor, v: Tensor, y: Tensor, T, alpha=1.0, beta=8.0, teacher_T=
 def test_golden(backend):
     for keep, T, expected in ((0.0, 4.0, 3.2859197908), (40.0, 4.0, 4.1034013915)):
         options = {"temperature": T, "bottom_percentile": keep, "backend": backend.name}
-        loss, grad = gradient(dkd_loss, GOLDEN[0], GOLDEN[1], LABEL, **options)
-        assert abs(loss.item() - expected) < 1e-9
+        z, v = (x.to(backend.widest) for x in GOLDEN)
+        loss, grad = gradient(dkd_loss, z, v, LABEL, **options)
+        eps = 1e-9 if backend.float64 else 4e-6
+        assert abs(loss.item() - expected) < eps
         if keep == 0:
             known = [-3.0669074122, 1.9341342324, 0.5009622051, 0.9136203199, -0.2818093453]
-            assert (grad - torch.tensor(known, dtype=torch.float64)).abs().max() < 1e-9
+            assert (grad - torch.tensor(known, dtype=torch.float64)).abs().max() < eps
 
 
 def test_a_student_that_is_sure(backend):
@@ -69,22 +71,21 @@ def test_a_student_that_is_sure(backend):
 )
 @pytest.mark.parametrize("T", [1.0, 4.0])
 def test_textbook(backend, options, T):
-    z, v = pair(6, 50, dtype=torch.float64)
+    z, v = pair(6, 50, dtype=backend.widest)
     y = some_labels(6, 50)
     actual = gradient(dkd_loss, z, v, y, temperature=T, reduction="none", **options,
                       backend=backend.name)  # fmt: skip
-    expected = gradient(textbook, z, v, y, T, **options)
-    torch.testing.assert_close(actual, expected)
+    near(actual, gradient(textbook, z.double(), v.double(), y, T, **options))
 
 
 def test_decomposition(backend):
     """KL = target + (1 - p_y) nontarget, and its gradient."""
-    z, v = pair(5, 2000, dtype=torch.float64)
+    z, v = pair(5, 2000, dtype=backend.widest)
     y = v.argmax(-1)
     one = {"temperature": 2.0, "reduction": "none", "backend": backend.name}
     out = dkd_loss(z, v, y, return_terms=True, **one)
-    rest = 1 - (v / 2).softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    torch.testing.assert_close(out.target + rest * out.nontarget, kd_loss(z, v, **one))
+    rest = 1 - (v.double() / 2).softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    near((out.target + rest.to(z.dtype) * out.nontarget,), (kd_loss(z, v, **one),))
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 1023, 1024, 1025, 5003])
@@ -102,6 +103,7 @@ def test_decomposition(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_definition(backend, V, options, dtype):
     """Labels in the first, the last and a middle column; the reference is float64."""
+    backend.need(dtype)
     z, v = pair(4, V, dtype=dtype)
     y = torch.tensor([0, V - 1, V // 2, (V - 1) // 1024 * 1024])
     if options.get("teacher_kind") == "probs":
@@ -126,6 +128,7 @@ def test_definition(backend, V, options, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_edges(backend, dtype):
     """Where a side is without the label, without all the others, without both, or not a number."""
+    backend.need(dtype)
     z = normal(9, 40, dtype=dtype)
     v = normal(9, 40, seed=1, dtype=dtype)
     y = torch.arange(9) * 4
@@ -197,15 +200,13 @@ def test_half_precision_does_not_underflow(backend):
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"bottom_percentile": 50.0}], ids=str)
 def test_probabilities(backend, beta, options):
     """P^(1/T) / sum, whatever P sums to; zeros stay zero; log-probabilities are logits."""
-    z, v = pair(4, 1500, dtype=torch.float64)
+    z, v = pair(4, 1500, dtype=backend.widest)
     probs = v.softmax(-1) * torch.tensor([[1.0], [0.3], [7.0], [1e-30]])
     if beta != 1:
         probs[0, 3:] = 0
     options = {**options, "temperature": 3.0, "beta": beta, "backend": backend.name}
     expected = gradient(kd_loss, z, probs.log(), **options)
-    torch.testing.assert_close(
-        gradient(kd_loss, z, probs, teacher_kind="probs", **options), expected
-    )
+    near(gradient(kd_loss, z, probs, teacher_kind="probs", **options), expected)
     singles = gradient(kd_loss, z.float(), probs.float(), teacher_kind="probs", **options)
     torch.testing.assert_close(singles[0], expected[0].float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(singles[1], expected[1].float(), rtol=1e-4, atol=1e-7)
@@ -214,6 +215,7 @@ def test_probabilities(backend, beta, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_logarithms_of_probabilities(backend, dtype):
     """Read back by one class against another: from subnormal numbers to the largest."""
+    backend.need(dtype)
     P = torch.tensor([5e-324, 1e-310, 1e-40, 1.2e-38, 1e-20, 0.1, 0.7, 0.99, 1.0, 3.0, 1e30])
     P = P.to(dtype)[P.to(dtype) > 0]
     rows = torch.stack((P, torch.ones_like(P)), -1)

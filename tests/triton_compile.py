@@ -259,6 +259,13 @@ VARIANTS: dict[str, dict] = {
     "pruned": {"keep": 1},
     "pruned mixture + hard": {"keep": 7, "beta": 0.3, "hard": True},
     "hard": {"hard": True, "soft": False},
+    "decoupled": {"decoupled": True},
+    "decoupled + hard": {"decoupled": True, "hard": True},
+    "decoupled, pruned": {"decoupled": True, "keep": 7},
+    "probabilities": {"probs": True},
+    "probabilities, pruned": {"probs": True, "keep": 7},
+    "probabilities mixture": {"probs": True, "beta": 0.3},
+    "decoupled, probs + hard": {"decoupled": True, "probs": True, "hard": True},
     "float32 teacher": {"teacher_dtype": torch.float32},
     "rows not alike": {"teacher_pad": 1},
     "split": LONG,
@@ -267,6 +274,8 @@ VARIANTS: dict[str, dict] = {
     "split reverse": {"beta": 1.0, **LONG},
     "split mixture": {"beta": 0.3, **LONG},
     "split hard": {"hard": True, "soft": False, **LONG},
+    "split decoupled + hard": {"decoupled": True, "hard": True, **LONG},
+    "split probabilities": {"probs": True, **LONG},
     "V = 50": {"V": 50},
     "V = 50, pruned": {"V": 50, "keep": 1},
     "V = 5003": {"V": 5003},
@@ -278,16 +287,19 @@ def launch(
     dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 20001, *,
     teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, keep: int | None = None,
     beta: float = 0.0, hard: bool = False, soft: bool = True, gradient: bool = True,
+    decoupled: bool = False, probs: bool = False,
 ) -> None:  # fmt: skip
     """One call of the op; inside `captured` nothing is read or written."""
     student = torch.empty(N, V, dtype=dtype)
     teacher = torch.empty(N, V + teacher_pad, dtype=teacher_dtype or dtype)
     vector = torch.empty(N)
     triton_launch.kd_rows(
-        student, teacher, torch.empty(N, dtype=torch.int64) if hard else None, vector, vector,
+        student, teacher,
+        torch.empty(N, dtype=torch.int64) if hard or decoupled else None, vector, vector,
         vector if soft else None, vector if hard else None,
         torch.empty_like(student) if gradient else None,
         V if keep is None else keep, V, beta,
+        vector if decoupled else None, torch.empty(N) if decoupled else None, probs,
     )  # fmt: skip
 
 

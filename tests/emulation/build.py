@@ -94,7 +94,7 @@ def backends() -> list[str]:
         name = f"emulated{suffix}"
         if name not in ops._BACKENDS:
             ops._define(suffix)
-            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, plain=True)
+            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, methods=frozenset())
         names.append(name)
     _load_ops()
     return names
