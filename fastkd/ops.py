@@ -66,7 +66,7 @@ def _define(
 
 _define("")
 _define("_reference", spec.kd_rows, spec.scale_rows_, spec.topk_rows)
-_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_)
+_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_, triton_backend.topk_rows)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
@@ -99,7 +99,6 @@ _BACKENDS = {  # in the order in which "auto" tries them
         float64=False,
         unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
         by_name=triton_backend.INTERPRETED,
-        methods=frozenset({"decoupled", "probabilities"}),
     ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import triton_backend
 from . import triton_kernels as kernels
 from . import triton_passes as passes
+from . import triton_sparse as sparse
 
 
 class Config(NamedTuple):
@@ -284,6 +285,65 @@ def kd_rows(
             HARD=hard_weight is not None, LABELS=labels is not None, GRADIENT=dstudent is not None,
             VECTOR=vector, G_VECTOR=vector if g is s or s.alike(g, lane) else 1, LANE=lane,
             **options,
+        )  # fmt: skip
+    return soft, hard
+
+
+def topk_rows(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    student_inv_temperature: Tensor,
+    teacher_inv_temperature: Tensor,
+    soft_weight: Tensor | None,
+    hard_weight: Tensor | None,
+    dstudent: Tensor | None,
+    vocab_size: int,
+    restricted: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op fastkd::topk_rows_triton; arguments as in spec.topk_rows."""
+    if soft_weight is None:
+        return kd_rows(
+            student, student, labels, student_inv_temperature, teacher_inv_temperature, None,
+            hard_weight, dstudent, vocab_size, vocab_size, 0.0,
+        )  # fmt: skip
+    if dstudent is not None and student.dim() != dstudent.dim():
+        leading = max(student.shape[:-1], dstudent.shape[:-1], key=len)
+        student, dstudent = _as(student, leading), _as(dstudent, leading)
+    vectors = [student_inv_temperature, teacher_inv_temperature, soft_weight]
+    vectors += [v for v in (hard_weight, log_rest) if v is not None]
+    _check(student, student, dstudent, vectors, labels, vocab_size)
+    N, k = student_inv_temperature.numel(), ids.shape[-1]
+    for x, dtype in ((ids, torch.int64), (log_probs, torch.float32)):
+        if x.shape != (N, k) or not x.is_contiguous() or x.dtype != dtype:
+            raise ValueError(f"fastkd: the teacher's rows must be contiguous {dtype} [N, k]")
+    if labels is None and hard_weight is not None:
+        raise ValueError("fastkd: a hard term without labels")
+    soft = torch.empty_like(student_inv_temperature)
+    hard = torch.empty_like(student_inv_temperature)
+    if N == 0:
+        return soft, hard
+    s = _rows(student)
+    g = s if dstudent is None or dstudent is student else _rows(dstudent)
+    size = student.element_size()
+    lane = 16 // size
+    gpu = _device(student.device)
+    outside = sparse.RESTRICT if restricted else sparse.WHOLE if log_rest is None else sparse.BUCKET
+    with _current(student.device):
+        sparse.topk_rows_kernel[(N,)](
+            s.base, g.base, ids, log_probs,
+            soft if log_rest is None else log_rest,
+            student if labels is None else labels,
+            student_inv_temperature, teacher_inv_temperature, soft_weight,
+            soft if hard_weight is None else hard_weight,
+            soft, hard, k, student.shape[-2], vocab_size, student.shape[-1], *s[2:], *g[2:],
+            OUTSIDE=outside.value, HARD=hard_weight is not None, LABELS=labels is not None,
+            GRADIENT=dstudent is not None, VECTOR=lane if s.aligned else 1,
+            G_VECTOR=lane if s.alike(g, lane) else 1, LANE=lane,
+            K=triton.next_power_of_2(max(k, 16)),
+            **gpu.options(gpu.configuration(vocab_size * size)),
         )  # fmt: skip
     return soft, hard
 

@@ -210,6 +210,12 @@ def log_terms(y):
 
 
 @triton.jit
+def expm1(x):
+    series = 1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0))))
+    return tl.where(tl.abs(x) < 0.1, x * series, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
 def logistic(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
@@ -237,9 +243,7 @@ def binary_divergence(a, b):
     p_not = logistic(-a)
     q_not = logistic(-b)
     gap = tl.where(a == b, 0.0, b - a)
-    x = -tl.abs(gap)
-    series = 1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0))))
-    fall = tl.where(x > -0.1, x * series, tl.exp2(x * LOG2E) - 1.0)
+    fall = expm1(-tl.abs(gap))
     delta = tl.where(gap > 0, -q * p_not * fall, p * q_not * fall)
     log = log_quotient(-delta, q, log_logistic(a) - log_logistic(b))
     log_not = log_quotient(delta, q_not, log_logistic(-a) - log_logistic(-b))

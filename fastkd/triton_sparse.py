@@ -16,8 +16,8 @@ from .triton_math import (
     NINF,
     edges,
     excess,
+    expm1,
     load_tile,
-    positions,
     store_tile,
     to_float,
     to_stored,
@@ -33,20 +33,26 @@ FAR = tl.constexpr(0x7FFFFFC0)  # beyond every column
 @triton.jit
 def column_of(ids, place, k, low):
     """Of the named class at this place, in the row stepped back by `low`."""
-    named = tl.load(ids + place, mask=place < k, other=FAR)
-    return tl.maximum(tl.minimum(named, FAR), -1).to(tl.int32) + low
+    return tl.load(ids + place, mask=place < k, other=FAR) + low
 
 
 @triton.jit
 def others(s, start, high, low, ids, place, k, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    """A tile without the named classes, which are in order, those before it passed over."""
+    """A tile without the named classes, which are in order, those before it passed over. Every one
+    costs 22 instructions of a thread, as many as three columns of the two passes."""
     stop = tl.minimum(start + BLOCK, high)
     column = column_of(ids, place, k, low)
-    at = positions(start, BLOCK, LANE)
-    while column < stop:
-        s = tl.where(at == column, NINF, s)
-        place += 1
-        column = column_of(ids, place, k, low)
+    if column < stop:
+        lane = tl.arange(0, BLOCK // LANE)
+        named = tl.zeros([BLOCK // LANE], tl.int32)
+        one = tl.full([], 1, tl.int32)
+        while column < stop:
+            at = column.to(tl.int32) - start
+            named |= tl.where(lane == at // LANE, one << at % LANE, 0)
+            place += 1
+            column = column_of(ids, place, k, low)
+        bits = (named[:, None] >> tl.arange(0, LANE)[None, :]) & 1
+        s = tl.where(bits != 0, NINF, s)
     return s, place
 
 
@@ -159,13 +165,26 @@ def of_all(
 
 
 @triton.jit
-def log_softmax(x, rest):
-    """Of the vector x and the scalar `rest` together, in two steps: the logarithm of the sum is
-    subtracted by itself, or it would be rounded as a logit is. NaN where all are -inf."""
+def below_top(x, rest):
+    """The vector x and the scalar `rest` less the largest of them, and the logarithm of their sum
+    of exponentials. NaN where all are -inf."""
     top = tl.maximum(tl.max(x, 0), rest)
-    total = tl.sum(tl.exp2((x - top) * LOG2E), 0) + tl.exp2((rest - top) * LOG2E)
-    log = tl.log2(total) * LN2
-    return (x - top) - log, (rest - top) - log
+    x -= top
+    rest -= top
+    total = tl.sum(tl.exp2(x.to(tl.float32) * LOG2E), 0) + tl.exp2(rest.to(tl.float32) * LOG2E)
+    return x, rest, tl.log2(total) * LN2
+
+
+@triton.jit
+def compared(log_p, log_q, p_log, q_log):
+    """Of classes whose logarithms less p_log and q_log are those of p and q: what they add to
+    KL(p || q), q - p, and q. The logarithms come in float64: where the two are close, q - p is of
+    the precision of their difference."""
+    d = (log_p - log_q).to(tl.float32) - (p_log - q_log)
+    p = tl.exp2((log_p.to(tl.float32) - p_log) * LOG2E)
+    q = tl.exp2((log_q.to(tl.float32) - q_log) * LOG2E)
+    difference = tl.where(tl.abs(d) < 0.5, -q * expm1(d), q - p)
+    return excess(p, q, d, log_p == NINF, log_q == NINF), difference, q
 
 
 @triton.jit
@@ -186,7 +205,7 @@ def row_terms(
     there = (named >= 0) & (named < vocab)
     columns = tl.maximum(tl.minimum(named, FAR), -1).to(tl.int32) + low
     s = to_float(tl.load(s_row + columns, mask=there, other=NINF))
-    log_p = tl.load(log_probs + place, mask=there, other=NINF) * t_inverse
+    log_p = tl.load(log_probs + place, mask=there, other=NINF).to(tl.float64) * t_inverse
     bad = tl.sum((named < 0).to(tl.int32), 0) > 0
 
     # The first tile mostly holds a number near enough to the maximum. Where it does not, all do.
@@ -216,39 +235,40 @@ def row_terms(
     if HARD:
         hard = tl.log2(zh) * LN2 + (h_max - label_logit)
         hard = tl.where(zh > 0, hard, float("nan"))
-    rest_p = tl.full([], NINF, tl.float32)
+    rest_p = tl.full([], NINF, tl.float64)
     rest_q = rest_p
     frame = o_max
     if OUTSIDE == BUCKET:
-        rest_p = tl.load(log_rest) * t_inverse
-        rest_q = tl.log2(zo) * LN2 * s_inverse
+        rest_p = tl.load(log_rest).to(tl.float64) * t_inverse
+        rest_q = (tl.log2(zo) * LN2).to(tl.float64) * s_inverse
     if OUTSIDE == RESTRICT:
         frame = tl.max(s, 0)
-    log_q = (s - frame) * s_inverse
-    if OUTSIDE == WHOLE:
-        log_q -= tl.log2(zo) * LN2
-    else:
-        log_q, rest_q = log_softmax(log_q, rest_q)
-    log_p, rest_p = log_softmax(log_p, rest_p)
-    p = tl.exp2(log_p * LOG2E)
-    q = tl.exp2(log_q * LOG2E)
-    term = excess(p, q, log_p - log_q, log_p == NINF, log_q == NINF)
+    log_q = (s.to(tl.float64) - frame) * s_inverse
+    q_log = tl.log2(zo) * LN2
+    if OUTSIDE != WHOLE:
+        log_q, rest_q, q_log = below_top(log_q, rest_q)
+    log_p, rest_p, p_log = below_top(log_p, rest_p)
+    term, difference, q = compared(log_p, log_q, p_log, q_log)
+    difference = tl.where(there, difference, 0.0)
     soft = tl.sum(tl.where(there, term, 0.0), 0)
-    difference = tl.where(log_q == NINF, 0.0, q - p)
     factor = soft_weight * s_inverse
     o_factor = tl.full([], 0.0, tl.float32)
     if OUTSIDE == WHOLE:
         soft += 1.0 - tl.sum(q, 0)
         o_factor = factor / zo
-    if OUTSIDE == BUCKET:
-        p = tl.exp2(rest_p * LOG2E)
-        q = tl.exp2(rest_q * LOG2E)
-        soft += excess(p, q, rest_p - rest_q, rest_p == NINF, rest_q == NINF)
-        o_factor = tl.where(zo > 0, factor * (q - p) / zo, 0.0)
+    else:
+        rest_term, rest_difference, rest = compared(rest_p, rest_q, p_log, q_log)
+        # The differences sum to 0: what both sums' logarithms are off by, all of them share.
+        excessive = tl.sum(difference, 0) + rest_difference
+        difference -= q * excessive
+        if OUTSIDE == BUCKET:
+            soft += rest_term
+            o_factor = tl.where(zo > 0, factor * (rest_difference - rest * excessive) / zo, 0.0)
+    difference = tl.where(log_q == NINF, 0.0, difference)
     o_factor = tl.where(soft_weight != 0, o_factor, 0.0)
     soft = tl.where(soft < 0, 0.0, soft)
-    # A sum that is NaN says that a logit is, or that none is finite.
-    lost = bad | (nans > 0) | ~(zo >= 0) | ((OUTSIDE == WHOLE) & (zo == 0))
+    # A sum that is NaN says that a logit is, or that a side has no class.
+    lost = bad | (nans > 0) | (p_log != p_log) | (q_log != q_log) | (q_log == NINF)
     soft = tl.where(lost, float("nan"), soft)
     lost = ((soft != soft) & (soft_weight != 0)) | ((hard != hard) & (hard_weight != 0))
     if GRADIENT and not lost:
@@ -257,8 +277,10 @@ def row_terms(
             s_row, g_row, low, high, o_max, h_max, scale, o_factor, h_factor,
             OUTSIDE, HARD, VECTOR, G_VECTOR, BLOCK, LANE,
         )  # fmt: skip
-        # Whichever thread has written the class before, its store is before this thread's: a
-        # barrier orders what the threads of a program write.
+        # Another thread of the program has written these classes already. The barrier orders its
+        # store before the one here: bar.sync does on NVIDIA's; on AMD's tl.debug_barrier is a
+        # release and an acquire of the workgroup, and the compiler waits where the hardware would
+        # not keep the order.
         tl.debug_barrier()
         value = tl.where(soft_weight != 0, factor * difference, 0.0)
         if HARD:
@@ -277,7 +299,8 @@ def row_terms(
 
 
 PER_ROW = (
-    "ids log_probs log_rest labels student_inverse teacher_inverse soft_weight hard_weight soft hard"
+    "ids log_probs log_rest labels student_inverse teacher_inverse soft_weight hard_weight soft "
+    "hard"
 ).split()
 
 

@@ -38,7 +38,7 @@ class Backend:
         return self.name == "triton" and triton_backend.INTERPRETED
 
     @property
-    def widest(self) -> torch.dtype:
+    def finest(self) -> torch.dtype:
         return torch.float64 if self.float64 else torch.float32
 
     def need(self, *dtypes: torch.dtype) -> None:
@@ -155,6 +155,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+NOT_SPLIT = "top_k|percentile|prun|select|test_sparse"
+
+
 def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects most parameter sets of the triton backend: the interpreter is 1000 times slower.
 
@@ -167,7 +170,7 @@ def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
         values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
         kernels = [v for v in values if isinstance(v, Backend) and v.interpreted]
         if kernels:
-            pruned = kernels[0].split and re.search("top_k|percentile|prun|select", item.nodeid)
+            pruned = kernels[0].split and re.search(NOT_SPLIT, item.nodeid)
             if torch.float64 in values or pruned:  # would be skipped; would not be split
                 left_out.add(item)
                 continue
@@ -190,14 +193,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda sees none"))
-
-
-def near(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
-    """Formulas that were computed otherwise, in float64: to the precision of `actual`."""
-    for a, e in zip(actual, exact, strict=True):
-        eps = 1e-7 if a.dtype == torch.float64 else 4e-6  # as in the tests against the definition
-        scale = max(1.0, e[e.isfinite()].abs().max().item())
-        torch.testing.assert_close(a.double(), e.double(), rtol=eps, atol=eps * scale)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale=3.0) -> Tensor:

@@ -94,7 +94,8 @@ def backends() -> list[str]:
         name = f"emulated{suffix}"
         if name not in ops._BACKENDS:
             ops._define(suffix)
-            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, methods=frozenset())
+            methods = ops._BACKENDS["cuda"].methods
+            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, methods=methods)
         names.append(name)
     _load_ops()
     return names
