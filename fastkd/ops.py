@@ -66,7 +66,7 @@ def _define(
 
 _define("")
 _define("_reference", spec.kd_rows, spec.scale_rows_, spec.topk_rows)
-_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_)
+_define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_, triton_backend.topk_rows)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
@@ -77,7 +77,10 @@ METHODS = {  # and what a message calls them
     "decoupled": "the decoupled loss",
     "probabilities": "losses from a teacher's probabilities",
     "sparse": "losses from a sparse teacher",
+    "limit": "the loss at an infinite temperature",
 }
+NO_METHODS: frozenset[str] = frozenset()
+NOT_THE_LIMIT = frozenset(METHODS) - {"limit"}
 
 
 class Backend(NamedTuple):
@@ -91,7 +94,9 @@ class Backend(NamedTuple):
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
-    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit),
+    "cuda": Backend(
+        "", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit, methods=NOT_THE_LIMIT
+    ),
     "triton": Backend(
         "_triton",
         triton_backend.MISSING,
@@ -99,7 +104,7 @@ _BACKENDS = {  # in the order in which "auto" tries them
         float64=False,
         unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
         by_name=triton_backend.INTERPRETED,
-        methods=frozenset(),
+        methods=NOT_THE_LIMIT,
     ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"
@@ -190,7 +195,7 @@ _CHOSEN: dict[tuple[str, torch.device, torch.dtype, frozenset[str]], Ops] = {}
 
 
 def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str] = frozenset()
+    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str] = NO_METHODS
 ) -> Ops:
     """The ops of the first backend that can run, or of the one asked for.
 

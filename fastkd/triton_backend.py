@@ -71,5 +71,9 @@ def kd_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _launch().kd_rows(*arguments)
 
 
+def topk_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _launch().topk_rows(*arguments)
+
+
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     _launch().scale_rows_(dstudent, scale)

@@ -13,6 +13,7 @@ from .triton_math import (
     LN2,
     LOG2E,
     NINF,
+    binary_divergence,
     edges,
     load_tile,
     row_offset,
@@ -25,6 +26,7 @@ from .triton_passes import (
     MIXTURE,
     NONE,
     careful_soft,
+    logits_of,
     maxima,
     open_row,
     quick_soft,
@@ -43,28 +45,37 @@ UNSPECIALISED = (
 
 
 # Read one number at a time: where they begin is none either.
-PER_ROW = ("labels student_inverse teacher_inverse soft_weight hard_weight soft hard scale").split()
+PER_ROW = (
+    "labels student_inverse teacher_inverse soft_weight hard_weight target_weight soft hard target "
+    "scale"
+).split()
 
 
 @triton.jit
 def row_terms(
-    s_row, t_row, g_row, low, high, keep, s_inverse, t_inverse, soft_weight, hard_weight, label,
-    beta, rest, counter, shared, part, parts,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-    SAMPLE: tl.constexpr, PARTS: tl.constexpr,
+    s_row, t_row, g_row, low, high, keep, s_inverse, t_inverse, soft_weight, hard_weight,
+    target_weight, label, beta, rest, counter, shared, part, parts,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Both terms, whether the gradient is written (where it is not, it is NaN), and whether it is
+    """The terms, whether the gradient is written (where it is not, it is NaN), and whether it is
     for this program to write the terms: of a slice, columns [low, high), that falls to the last."""
     # Read before any thread, here or at another slice, can have written the gradient over it.
     label_logit = 0.0
-    if HARD:
+    label_teacher = 0.0
+    if HARD or APART:
         label_logit = to_float(tl.load(s_row + low + label))
+    if APART:
+        label_teacher = to_float(tl.load(t_row + low + label))
+    at_label = low + label
     threshold = NINF
     end = tl.minimum(high, BLOCK)
     if PRUNE:
         threshold = kth_largest(t_row, low, high, keep, VECTOR, BLOCK, LANE, SAMPLE)
         end = high
+    if PROBS:  # their logarithms are to base 2
+        t_inverse *= LN2
     s_scale = s_inverse * LOG2E
     t_scale = t_inverse * LOG2E
 
@@ -78,21 +89,25 @@ def row_terms(
     cross = s_max
     nans = tl.full([], 0, tl.int32)
     tries = nans
+    unit = s_max
+    shift = s_max
     sound = False
     while tries < 2:
-        s_max, t_max, h_max, nans = maxima(
-            s_row, t_row, end, low, high, threshold, PRUNE, VECTOR, BLOCK, LANE
-        )
+        s_max, t_max, h_max, nans, unit, shift = maxima(
+            s_row, t_row, end, low, high, threshold, at_label, PRUNE, PROBS, APART, VECTOR, BLOCK,
+            LANE,
+        )  # fmt: skip
         s_frame = s_max
         t_frame = t_max
         h_frame = h_max
-        if PARTS > 1 and tries > 0:  # without a finite logit a slice adds 0, and a row is NaN
+        # Without a finite logit a slice adds 0, and a row is NaN, or 0 beside its label.
+        if (PARTS > 1 or APART) and tries > 0:
             s_frame = tl.where(s_max == NINF, 0.0, s_max)
             t_frame = tl.where(t_max == NINF, 0.0, t_max)
-            h_frame = s_frame
+            h_frame = tl.where(h_max == NINF, 0.0, h_max)
         zs, zt, zh, cross = sums(
-            s_row, t_row, low, high, threshold, s_frame, t_frame, h_frame, s_scale, t_scale,
-            DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE,
+            s_row, t_row, low, high, threshold, unit, at_label, s_frame, t_frame, h_frame,
+            s_scale, t_scale, DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE,
         )  # fmt: skip
         sound = zs + zt + zh < 16777216.0
         tries = tl.where(sound, 2, tries + 1)
@@ -101,18 +116,20 @@ def row_terms(
         tell(shared, 0, part, s_max, PARTS)
         if HARD:
             tell(shared, 4, part, zh, PARTS)
+            if APART:
+                tell(shared, 8, part, h_max, PARTS)
         if DIVERGENCE != NONE:
-            tell(shared, 1, part, t_max, PARTS)
+            tell(shared, 1, part, t_max - shift, PARTS)
             tell(shared, 2, part, zs, PARTS)
             tell(shared, 3, part, zt, PARTS)
             if DIVERGENCE != MIXTURE:
                 tell(shared, 5, part, cross, PARTS)
         count_in(counter)
         wait(counter, parts)
-        s_max, t_max, zs, zt, zh, cross = combined(
-            shared, parts, s_scale, t_scale, DIVERGENCE, HARD, PARTS
+        s_max, t_max, h_max, zs, zt, zh, cross = combined(
+            shared, parts, s_scale, t_scale, DIVERGENCE, APART, HARD, PARTS
         )
-        h_max = s_max
+        t_max += shift
         sound = zs + zt + zh < float("inf")
 
     s_log = tl.log2(zs)
@@ -122,16 +139,31 @@ def row_terms(
     if HARD:
         hard = h_log * LN2 + (h_max - label_logit)
     lost = (hard_weight != 0) & (hard != hard)
-    at_label = low + label
     soft = tl.full([], 0.0, tl.float32)
     soft_factor = soft_weight * s_inverse
+    target = soft
+    target_factor = soft
+    if APART:
+        s_max = tl.where(s_max == NINF, 0.0, s_max)
+        t_max = tl.where(t_max == NINF, 0.0, t_max)
+        label_teacher = logits_of(label_teacher, unit, PROBS)
+        target, delta = binary_divergence(
+            (label_teacher - t_max) * t_inverse - t_log * LN2,
+            (label_logit - s_max) * s_inverse - s_log * LN2,
+        )
+        target_factor = tl.where(target_weight != 0, target_weight * s_inverse * delta, 0.0)
+        # A side without another class is no distribution among them.
+        soft_factor = tl.where((zs == 0) | (zt == 0), 0.0, soft_factor)
+        s_log = tl.where(zs == 0, 0.0, s_log)
+        t_log = tl.where(zt == 0, 0.0, t_log)
     last = True
     if DIVERGENCE == NONE:
         if GRADIENT:
             second(
-                s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
-                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, soft, beta, rest,
-                at_label, NONE, PRUNE, HARD, False, False, True, VECTOR, G_VECTOR, BLOCK, LANE,
+                s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
+                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, target_factor, soft,
+                beta, rest, at_label, NONE, PRUNE, PROBS, APART, HARD, False, False, True, VECTOR,
+                G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
         if PARTS > 1:
             last = count_in(counter) == 2 * parts - 1
@@ -140,10 +172,10 @@ def row_terms(
         quick = quick & sound
         if DIVERGENCE != MIXTURE and quick:
             value0, value1 = second(
-                s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
-                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, soft, beta, rest,
-                at_label, DIVERGENCE, PRUNE, HARD, False, True, GRADIENT, VECTOR, G_VECTOR,
-                BLOCK, LANE,
+                s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
+                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, target_factor, soft,
+                beta, rest, at_label, DIVERGENCE, PRUNE, PROBS, APART, HARD, False, True, GRADIENT,
+                VECTOR, G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
             if PARTS > 1:
                 tell(shared, 6, part, value0, PARTS)
@@ -155,9 +187,9 @@ def row_terms(
             soft = value0 * LN2 + value1
         else:
             value0, value1 = second(
-                s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
-                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, soft, beta, rest,
-                at_label, DIVERGENCE, PRUNE, HARD, True, True,
+                s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
+                t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, target_factor, soft,
+                beta, rest, at_label, DIVERGENCE, PRUNE, PROBS, APART, HARD, True, True,
                 GRADIENT and DIVERGENCE == FORWARD, VECTOR, G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
             if PARTS > 1:
@@ -166,21 +198,28 @@ def row_terms(
                 count_in(counter)
                 wait(counter, 2 * parts)
                 value0, value1 = values_of(shared, parts, PARTS)
-            soft, divergence = careful_soft(value0, value1, zs, zt, nans, beta, rest, DIVERGENCE)
+            soft, divergence = careful_soft(
+                value0, value1, zs, zt, nans, beta, rest, DIVERGENCE, APART
+            )
             if GRADIENT and DIVERGENCE != FORWARD:  # it needs the divergence first
                 second(
-                    s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse,
-                    t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, divergence, beta,
-                    rest, at_label, DIVERGENCE, PRUNE, HARD, True, False, True, VECTOR,
-                    G_VECTOR, BLOCK, LANE,
+                    s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
+                    t_inverse, s_log, t_log, h_log, soft_factor, hard_weight, target_factor,
+                    divergence, beta, rest, at_label, DIVERGENCE, PRUNE, PROBS, APART, HARD, True,
+                    False, True, VECTOR, G_VECTOR, BLOCK, LANE,
                 )  # fmt: skip
             if PARTS > 1:
                 last = count_in(counter) == 3 * parts - 1
         soft = tl.where(soft < 0, 0.0, soft)
-        lost = lost | (unusable(soft, DIVERGENCE) & (soft_weight != 0))
+        if APART:
+            either = (soft != soft) | (target != target)
+            soft = tl.where(either, float("nan"), soft)
+            target = tl.where(either, float("nan"), target)
+        counts = (soft_weight != 0) | (target_weight != 0)
+        lost = lost | (unusable(soft, DIVERGENCE) & counts)
     if PARTS > 1 and last:
         tl.store(counter, 0)
-    return soft, hard, lost, last
+    return soft, hard, target, lost, last
 
 
 @triton.jit
@@ -195,16 +234,18 @@ def fill(row, value, low, high, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=PER_ROW)
 def kd_rows_kernel(
-    student, teacher, dstudent, labels, student_inverse, teacher_inverse, soft_weight, hard_weight,
-    soft, hard,
+    student, teacher, dstudent, labels, student_inverse, teacher_inverse,
+    soft_weight, hard_weight, target_weight, soft, hard, target,
     counters,  # of split rows: [1 + N] int32, the tickets and one per row, 0 before and after
     shared,  # of split rows: [N, SHARED, PARTS] float32
     N, parts, columns, inner, vocab, width, keep, beta, rest,
     s_shift, s_outer: tl.int64, s_inner: tl.int64,
     t_shift, t_outer: tl.int64, t_inner: tl.int64,
     g_shift, g_outer: tl.int64, g_inner: tl.int64,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr,
+    PROBS: tl.constexpr,  # the teacher's rows hold probabilities
+    APART: tl.constexpr,  # the label is left out of the divergence and has a term of its own
+    HARD: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr,
     # Elements of a vector, where all rows of both sides (and dstudent's) lie alike in it; else 1.
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
     BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr,
@@ -221,10 +262,11 @@ def kd_rows_kernel(
         row = ticket // parts
         part = ticket % parts
     while row < N:
-        s_row, t_row, g_row, low, s_weight, h_weight, skipped, label, valid = open_row(
-            row, student, teacher, dstudent, labels, soft_weight, hard_weight, inner, vocab,
+        s_row, t_row, g_row, low, s_weight, h_weight, t_weight, skipped, label, valid = open_row(
+            row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight,
+            inner, vocab,
             s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
-            DIVERGENCE, HARD, LABELS, GRADIENT, VECTOR, G_VECTOR,
+            DIVERGENCE, APART, HARD, LABELS, GRADIENT, VECTOR, G_VECTOR,
         )  # fmt: skip
         high = low + vocab
         begin = 0
@@ -238,15 +280,17 @@ def kd_rows_kernel(
         value = tl.where(skipped, 0.0, float("nan"))
         s_term = value if DIVERGENCE != NONE else s_weight
         h_term = value if HARD else h_weight
+        t_term = value
         lost = True
         last = part == 0
         if valid & ~skipped:
-            s_term, h_term, lost, last = row_terms(
+            s_term, h_term, t_term, lost, last = row_terms(
                 s_row + begin, t_row + begin, g_row + begin, first, end, keep,
                 tl.load(student_inverse + row), tl.load(teacher_inverse + row),
-                s_weight, h_weight, label + (low - begin - first), beta, rest,
+                s_weight, h_weight, t_weight, label + (low - begin - first), beta, rest,
                 counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
-                DIVERGENCE, PRUNE, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, SAMPLE, PARTS,
+                DIVERGENCE, PRUNE, PROBS, APART, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
+                SAMPLE, PARTS,
             )  # fmt: skip
         if GRADIENT:
             if lost:
@@ -259,6 +303,8 @@ def kd_rows_kernel(
         if last:
             tl.store(soft + row, s_term)
             tl.store(hard + row, h_term)
+            if APART:
+                tl.store(target + row, t_term)
         row += N if PARTS > 1 else tl.num_programs(0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import triton_backend
 from . import triton_kernels as kernels
 from . import triton_passes as passes
+from . import triton_sparse as sparse
 
 
 class Config(NamedTuple):
@@ -232,20 +233,19 @@ def kd_rows(
     teacher_probs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op fastkd::kd_rows_triton; arguments as in spec.kd_rows."""
-    if target_weight is not None or teacher_probs:
-        raise ValueError(
-            "fastkd: the Triton kernels compute neither decoupled terms nor from probs"
-        )
     given = [x for x in (student, teacher, dstudent) if x is not None]
     if len({x.dim() for x in given}) > 1:
         leading = max((x.shape[:-1] for x in given), key=len)
         student, teacher = _as(student, leading), _as(teacher, leading)
         dstudent = None if dstudent is None else _as(dstudent, leading)
     vectors = [student_inv_temperature, teacher_inv_temperature]
-    vectors += [v for v in (soft_weight, hard_weight) if v is not None]
+    vectors += [v for v in (soft_weight, hard_weight, target_weight, target) if v is not None]
     _check(student, teacher, dstudent, vectors, labels, vocab_size)
-    if keep < 1 or (labels is None and hard_weight is not None):
-        raise ValueError("fastkd: keep < 1, or a hard term without labels")
+    apart = target_weight is not None
+    if keep < 1 or (labels is None and (apart or hard_weight is not None)):
+        raise ValueError("fastkd: keep < 1, or a term of the labels without labels")
+    if apart and (target is None or soft_weight is None or beta != 0):
+        raise ValueError("fastkd: decoupled terms need target and soft_weight, and beta = 0")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
     N = soft.numel()
@@ -275,14 +275,75 @@ def kd_rows(
             student_inv_temperature, teacher_inv_temperature,
             soft if soft_weight is None else soft_weight,
             hard if hard_weight is None else hard_weight,
-            soft, hard, counters, shared,
+            target_weight if apart else soft, soft, hard, target if apart else soft,
+            counters, shared,
             N, parts, columns, student.shape[-2], vocab_size, student.shape[-1],
             min(keep, vocab_size), beta, 1 - beta,
             *s[2:], *t[2:], *g[2:],
-            DIVERGENCE=divergence, PRUNE=prune,
+            DIVERGENCE=divergence, PRUNE=prune, PROBS=teacher_probs and divergence != NONE,
+            APART=apart,
             HARD=hard_weight is not None, LABELS=labels is not None, GRADIENT=dstudent is not None,
             VECTOR=vector, G_VECTOR=vector if g is s or s.alike(g, lane) else 1, LANE=lane,
             **options,
+        )  # fmt: skip
+    return soft, hard
+
+
+def topk_rows(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_rest: Tensor | None,
+    labels: Tensor | None,
+    student_inv_temperature: Tensor,
+    teacher_inv_temperature: Tensor,
+    soft_weight: Tensor | None,
+    hard_weight: Tensor | None,
+    dstudent: Tensor | None,
+    vocab_size: int,
+    restricted: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op fastkd::topk_rows_triton; arguments as in spec.topk_rows."""
+    if soft_weight is None:
+        return kd_rows(
+            student, student, labels, student_inv_temperature, teacher_inv_temperature, None,
+            hard_weight, dstudent, vocab_size, vocab_size, 0.0,
+        )  # fmt: skip
+    if dstudent is not None and student.dim() != dstudent.dim():
+        leading = max(student.shape[:-1], dstudent.shape[:-1], key=len)
+        student, dstudent = _as(student, leading), _as(dstudent, leading)
+    vectors = [student_inv_temperature, teacher_inv_temperature, soft_weight]
+    vectors += [v for v in (hard_weight, log_rest) if v is not None]
+    _check(student, student, dstudent, vectors, labels, vocab_size)
+    N, k = student_inv_temperature.numel(), ids.shape[-1]
+    for x, dtype in ((ids, torch.int64), (log_probs, torch.float32)):
+        if x.shape != (N, k) or not x.is_contiguous() or x.dtype != dtype:
+            raise ValueError(f"fastkd: the teacher's rows must be contiguous {dtype} [N, k]")
+    if labels is None and hard_weight is not None:
+        raise ValueError("fastkd: a hard term without labels")
+    soft = torch.empty_like(student_inv_temperature)
+    hard = torch.empty_like(student_inv_temperature)
+    if N == 0:
+        return soft, hard
+    s = _rows(student)
+    g = s if dstudent is None or dstudent is student else _rows(dstudent)
+    size = student.element_size()
+    lane = 16 // size
+    gpu = _device(student.device)
+    outside = sparse.RESTRICT if restricted else sparse.WHOLE if log_rest is None else sparse.BUCKET
+    with _current(student.device):
+        sparse.topk_rows_kernel[(N,)](
+            s.base, g.base, ids, log_probs,
+            soft if log_rest is None else log_rest,
+            student if labels is None else labels,
+            student_inv_temperature, teacher_inv_temperature, soft_weight,
+            soft if hard_weight is None else hard_weight,
+            soft, hard, k, student.shape[-2], vocab_size, student.shape[-1], *s[2:], *g[2:],
+            OUTSIDE=outside.value, HARD=hard_weight is not None, LABELS=labels is not None,
+            GRADIENT=dstudent is not None, VECTOR=lane if s.aligned else 1,
+            G_VECTOR=lane if s.alike(g, lane) else 1, LANE=lane,
+            K=triton.next_power_of_2(max(k, 16)),
+            **gpu.options(gpu.configuration(vocab_size * size)),
         )  # fmt: skip
     return soft, hard
 

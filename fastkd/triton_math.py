@@ -7,6 +7,7 @@ needs no other thread, and sums over a row are kept per lane until its end.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from . import triton_backend
 
@@ -38,6 +39,33 @@ def to_stored(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def log2_of(P):
+    """log2 of a number that is 0 or normal, in one instruction; tl.log2 takes 20 of them."""
+    if not INTERPRETED and is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [P], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(P)
+
+
+@triton.jit
+def logits_of(t, unit, PROBS: tl.constexpr):
+    """A teacher's logits; of probabilities P as log2(unit P), the unit being a power of two that
+    brings every P > 0 above the subnormal numbers, which the logarithm takes for 0."""
+    return log2_of(t * unit) if PROBS else t
+
+
+@triton.jit
+def unit_of(largest, PROBS: tl.constexpr):
+    """For a row with this largest probability, and log2 of it."""
+    shift = tl.full([], 0.0, tl.float32)
+    if PROBS:
+        shift = tl.where(largest < 2.0**104, 23.0, 0.0)
+    return tl.exp2(shift), shift
+
+
+@triton.jit
 def row_offset(row, shift, inner, outer_stride, inner_stride):
     """Of row = a * inner + b; in 64 bits, for rows * V exceeds 2^31."""
     row = tl.cast(row, tl.int64)
@@ -62,6 +90,30 @@ def edges(low, high, BLOCK: tl.constexpr):
     begin = tl.where((low > 0) | (full == 0), 0, 1)
     end = tl.where((high > full) & (full > 0), 2, 1)
     return begin, end, first, full
+
+
+@triton.jit
+def beside_label(at_label, end, first, full, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """Of the tiles that `edges` gave: where the whole one begins that holds the label, the end of
+    the masked ones, which it joins, and of the whole ones, which skip it."""
+    label_tile = full
+    if APART:
+        holds = ((at_label >= first) & (at_label < full)).to(tl.int32)
+        label_tile = tl.where(holds > 0, at_label // BLOCK * BLOCK, full)
+        return label_tile, end + holds, full - holds * BLOCK
+    else:
+        return label_tile, end, full
+
+
+@triton.jit
+def masked_start(edge, end, full, label_tile, APART: tl.constexpr):
+    """Of `end` as `edges` gave it."""
+    return tl.where(edge == end, label_tile, edge * full) if APART else edge * full
+
+
+@triton.jit
+def whole_start(start, label_tile, BLOCK: tl.constexpr, APART: tl.constexpr):
+    return start + tl.where(start >= label_tile, BLOCK, 0) if APART else start
 
 
 @triton.jit
@@ -155,3 +207,46 @@ def log_terms(y):
     q = q * f + 0.499999916
     log = f - f * f * q + k.to(tl.float32) * LN2
     return log, tl.where(k == 0, f * f * (1.0 - (1.0 + f) * q), r * log - y)
+
+
+@triton.jit
+def expm1(x):
+    series = 1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0))))
+    return tl.where(tl.abs(x) < 0.1, x * series, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def logistic(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def log_logistic(x):
+    log, _ = log_terms(tl.exp2(-tl.abs(x) * LOG2E))
+    return tl.minimum(x, 0.0) - log
+
+
+@triton.jit
+def log_quotient(delta, b, otherwise):
+    """ln((b + delta) / b), from `delta` where that is small."""
+    near = tl.abs(delta) < 0.25 * b
+    log, _ = log_terms(tl.where(near, delta / b, 0.0))
+    return tl.where(near, log, otherwise)
+
+
+@triton.jit
+def binary_divergence(a, b):
+    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q. No digit
+    is lost where either is near 0 or 1, nor where the two agree; the odds may be infinite."""
+    p = logistic(a)
+    q = logistic(b)
+    p_not = logistic(-a)
+    q_not = logistic(-b)
+    gap = tl.where(a == b, 0.0, b - a)
+    fall = expm1(-tl.abs(gap))
+    delta = tl.where(gap > 0, -q * p_not * fall, p * q_not * fall)
+    log = log_quotient(-delta, q, log_logistic(a) - log_logistic(b))
+    log_not = log_quotient(delta, q_not, log_logistic(-a) - log_logistic(-b))
+    infinity = float("inf")
+    divergence = excess(p, q, log, a == -infinity, b == -infinity)
+    return divergence + excess(p_not, q_not, log_not, a == infinity, b == infinity), delta

@@ -10,14 +10,19 @@ from .triton_math import (
     LN2,
     LOG2E,
     NINF,
+    beside_label,
     edges,
     excess,
     load_tile,
     log_terms,
+    logits_of,
+    masked_start,
     positions,
     row_offset,
     step_back,
     store_tile,
+    unit_of,
+    whole_start,
 )
 
 # Which divergence D(p, q): none, KL(p||q), KL(q||p), the mixture of spec.py.
@@ -26,10 +31,10 @@ NONE, FORWARD, REVERSE, MIXTURE = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def open_row(
-    row, student, teacher, dstudent, labels, soft_weight, hard_weight, inner, vocab,
+    row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight, inner, vocab,
     s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, APART: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr,
+    GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Where a row begins, stepped back to a whole vector by the columns before `low`; its weights;
     whether it is skipped; its label, and whether that is a class."""
@@ -44,39 +49,52 @@ def open_row(
         g_row = step_back(dstudent, g_row, low, G_VECTOR)
     s_weight = tl.full([], 0.0, tl.float32)
     h_weight = s_weight
+    t_weight = s_weight
     if DIVERGENCE != NONE:
         s_weight = tl.load(soft_weight + row)
     if HARD:
         h_weight = tl.load(hard_weight + row)
-    skipped = (s_weight == 0) & (h_weight == 0)
+    if APART:
+        t_weight = tl.load(target_weight + row)
+    skipped = (s_weight == 0) & (h_weight == 0) & (t_weight == 0)
     label = tl.full([], 0, tl.int64)
     valid = True
     if LABELS:
         label = tl.load(labels + row)
         valid = (label >= 0) & (label < vocab)
-    return s_row, t_row, g_row, low, s_weight, h_weight, skipped, label.to(tl.int32), valid
+    label = label.to(tl.int32)
+    return s_row, t_row, g_row, low, s_weight, h_weight, t_weight, skipped, label, valid
 
 
 @triton.jit
 def kept_classes(
-    t, threshold, start, low, high,
-    PRUNE: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+    t, threshold, start, low, high, at_label,
+    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Mask of a tile; only called where PRUNE or RAGGED. A NaN is kept, and spoils its row."""
+    """Mask of a tile of the teacher as it is stored; only called where PRUNE or RAGGED, as the tile
+    of the label is that is left out where APART. What has no logarithm and a NaN is kept, and
+    spoils its row."""
     kept = ~(t < threshold)
+    if PROBS:
+        kept = kept | (t < 0)
     if RAGGED:
         at = positions(start, BLOCK, LANE)
         inside = (at >= low) & (at < high)
+        if APART:
+            inside = inside & (at != at_label)
         kept = (kept & inside) if PRUNE else inside
     return kept
 
 
 @triton.jit
 def maxima(
-    s_row, t_row, end, low, high, threshold,
-    PRUNE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    s_row, t_row, end, low, high, threshold, at_label,
+    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Of the columns before `end`: max of s and of t over the kept, of s over all, NaN in s."""
+    """Of the columns before `end`: max of s and of t over the kept, of s over all, NaN in s; and
+    unit_of the row."""
     s_max = tl.full([BLOCK // LANE], NINF, tl.float32)
     t_max = s_max
     h_max = s_max
@@ -87,18 +105,27 @@ def maxima(
         h_max = tl.maximum(h_max, tl.max(s, 1))
         if PRUNE:
             lost += tl.sum((s != s).to(tl.int32), 1)
-            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, True)
+        if PRUNE or APART:
+            kept = kept_classes(
+                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, True
+            )
             s = tl.where(kept, s, NINF)
             t = tl.where(kept, t, NINF)
         s_max = tl.maximum(s_max, tl.max(s, 1))
         t_max = tl.maximum(t_max, tl.max(t, 1))
-    return tl.max(s_max, 0), tl.max(t_max, 0), tl.max(h_max, 0), tl.sum(lost, 0)
+    t_max = tl.max(t_max, 0)
+    unit, shift = unit_of(t_max, PROBS)
+    if PROBS:
+        t_max = logits_of(tl.maximum(t_max, 0.0), unit, PROBS)
+    return tl.max(s_max, 0), t_max, tl.max(h_max, 0), tl.sum(lost, 0), unit, shift
 
 
 @triton.jit
 def sums_of(
-    s, t, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
+    s, t, start, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
+    zs, zt, zh, cross,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr,
     BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """What one tile adds to the sums; `t` only where there is a divergence."""
@@ -106,10 +133,12 @@ def sums_of(
         zh += tl.sum(tl.exp2((s - h_max) * LOG2E), 1)
     if DIVERGENCE != NONE:
         us = (s - s_max) * s_scale
-        ut = (t - t_max) * t_scale
+        ut = (logits_of(t, unit, PROBS) - t_max) * t_scale
         if PRUNE or RAGGED:
-            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, RAGGED)
-        if PRUNE:
+            kept = kept_classes(
+                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
+            )
+        if PRUNE or (PROBS and RAGGED) or (APART and RAGGED):
             us = tl.where(kept, us, NINF)
             ut = tl.where(kept, ut, NINF)
         es = tl.exp2(us)
@@ -130,9 +159,10 @@ def sums_of(
 
 @triton.jit
 def sums_tile(
-    s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
-    zs, zt, zh, cross,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
+    s_row, t_row, start, low, high, threshold, unit, at_label, s_max, t_max, h_max,
+    s_scale, t_scale, zs, zt, zh, cross,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
@@ -140,16 +170,16 @@ def sums_tile(
     if DIVERGENCE != NONE:
         t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
     return sums_of(
-        s, t, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
-        DIVERGENCE, PRUNE, HARD, BLOCK, LANE, RAGGED,
+        s, t, start, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
+        zs, zt, zh, cross, DIVERGENCE, PRUNE, PROBS, APART, HARD, BLOCK, LANE, RAGGED,
     )  # fmt: skip
 
 
 @triton.jit
 def sums(
-    s_row, t_row, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    s_row, t_row, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes, and of
     a exp * ln(a / b) before normalisation, all in powers of two."""
@@ -158,29 +188,38 @@ def sums(
     zh = zs
     cross = zs
     begin, end, first, full = edges(low, high, BLOCK)
-    for start in tl.range(first, full, BLOCK):
+    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, APART)
+    for start in tl.range(first, whole, BLOCK):
         zs, zt, zh, cross = sums_tile(
-            s_row, t_row, start, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
-            zs, zt, zh, cross, DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE, False,
+            s_row, t_row, whole_start(start, label_tile, BLOCK, APART), low, high, threshold, unit,
+            at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
+            DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
-    for edge in tl.range(begin, end):
+    for edge in tl.range(begin, masked):
         zs, zt, zh, cross = sums_tile(
-            s_row, t_row, edge * full, low, high, threshold, s_max, t_max, h_max, s_scale, t_scale,
-            zs, zt, zh, cross, DIVERGENCE, PRUNE, HARD, VECTOR, BLOCK, LANE, True,
+            s_row, t_row, masked_start(edge, end, full, label_tile, APART), low, high, threshold,
+            unit, at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
+            DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
     return tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0)
 
 
 @triton.jit
 def second_of(
-    s, t, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
-    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
+    s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
+    value0, value1,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """What one tile adds to the divergence, and its gradient to g_row."""
     if DIVERGENCE != NONE:
+        if PRUNE or RAGGED:
+            kept = kept_classes(
+                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
+            )
+        t = logits_of(t, unit, PROBS)
         ds = s - s_max
         dt = t - t_max
         # The logarithm of a sum is subtracted by itself: added to the maximum first, it would be
@@ -188,7 +227,6 @@ def second_of(
         log_q = ds * (s_inverse * LOG2E) - s_log
         log_p = dt * (t_inverse * LOG2E) - t_log
         if PRUNE or RAGGED:
-            kept = kept_classes(t, threshold, start, low, high, PRUNE, BLOCK, LANE, RAGGED)
             log_q = tl.where(kept, log_q, NINF)
             log_p = tl.where(kept, log_p, NINF)
         q = tl.exp2(log_q)
@@ -240,9 +278,15 @@ def second_of(
             gradient = soft_factor * soft
             if CAREFUL:  # not even a NaN comes of a term without weight
                 gradient = tl.where(soft_factor != 0, gradient, 0.0)
+            if APART:  # the label's class takes what it gains from the others, by their shares
+                share = target_factor * q
+                gradient -= tl.where(target_factor != 0, share, 0.0) if CAREFUL else share
             if CAREFUL and PRUNE:
                 gradient = tl.where(kept, gradient, 0.0)
     if GRADIENT:
+        if APART and RAGGED:
+            label = (positions(start, BLOCK, LANE) == at_label) & (s > NINF)
+            gradient = tl.where(label, target_factor, gradient)
         if HARD:
             # The label in the same sum: there the two terms nearly cancel, before any rounding.
             hard = tl.exp2((s - h_max) * LOG2E - h_log)
@@ -258,10 +302,11 @@ def second_of(
 
 @triton.jit
 def second_tile(
-    s_row, t_row, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
-    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    s_row, t_row, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
+    t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest,
+    at_label, value0, value1,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -270,18 +315,19 @@ def second_tile(
     if DIVERGENCE != NONE:
         t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
     return second_of(
-        s, t, g_row, start, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse, s_log,
-        t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label, value0, value1,
-        DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, G_VECTOR, BLOCK, LANE, RAGGED,
+        s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
+        s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest,
+        at_label, value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
+        G_VECTOR, BLOCK, LANE, RAGGED,
     )  # fmt: skip
 
 
 @triton.jit
 def second(
-    s_row, t_row, g_row, low, high, threshold, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest, at_label,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, HARD: tl.constexpr, CAREFUL: tl.constexpr,
-    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+    s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
+    s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
+    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """The divergence as two sums and the gradient, from the end of the row: that is what the cache
@@ -289,19 +335,23 @@ def second(
     value0 = tl.zeros([BLOCK // LANE], tl.float32)
     value1 = value0
     begin, end, first, full = edges(low, high, BLOCK)
-    for edge in tl.range(begin, end):
+    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, APART)
+    for edge in tl.range(begin, masked):
         value0, value1 = second_tile(
-            s_row, t_row, g_row, edge * full, low, high, threshold, s_max, t_max, h_max, s_inverse,
-            t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, divergence, beta, rest,
-            at_label, value0, value1,
-            DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, True,
+            s_row, t_row, g_row, masked_start(edge, end, full, label_tile, APART), low, high,
+            threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
+            soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
+            value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
+            VECTOR, G_VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
-    for forward in tl.range(first, full, BLOCK):
+    for forward in tl.range(first, whole, BLOCK):
+        start = whole - BLOCK + first - forward
         value0, value1 = second_tile(
-            s_row, t_row, g_row, full - BLOCK + first - forward, low, high, threshold, s_max, t_max,
-            h_max, s_inverse, t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, divergence,
-            beta, rest, at_label, value0, value1,
-            DIVERGENCE, PRUNE, HARD, CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
+            s_row, t_row, g_row, whole_start(start, label_tile, BLOCK, APART), low, high,
+            threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
+            soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
+            value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
+            VECTOR, G_VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
     return tl.sum(value0, 0), tl.sum(value1, 0)
 
@@ -318,13 +368,17 @@ def quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def careful_soft(value0, value1, zs, zt, nans, beta, rest, DIVERGENCE: tl.constexpr):
+def careful_soft(
+    value0, value1, zs, zt, nans, beta, rest, DIVERGENCE: tl.constexpr, APART: tl.constexpr
+):
     """The soft term, and the divergence that its gradient takes off every class."""
     soft = value0
     divergence = value0
     if DIVERGENCE == MIXTURE:
         soft = beta * value0 + rest * value1
         divergence = value1
+    if APART:  # nothing to match, or no class to match it with
+        soft = tl.where(zt == 0, 0.0, tl.where(zs == 0, float("inf"), soft))
     # A NaN, or a side without a finite logit: its maximum is -inf, and -inf - -inf is NaN.
     if (zs != zs) | (zt != zt) | (nans > 0):
         soft = tl.full([], float("nan"), tl.float32)

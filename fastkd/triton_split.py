@@ -31,8 +31,9 @@ from .triton_math import LOG2E, NINF
 from .triton_passes import FORWARD, MIXTURE, NONE
 
 # What is told, [SHARED, PARTS] per row: the maxima that the sums refer to, of s and of t; zs, zt,
-# zh, cross (triton_passes.sums); the divergence as two sums (triton_passes.second).
-SHARED = tl.constexpr(8)
+# zh, cross (triton_passes.sums); the divergence as two sums (triton_passes.second); the maximum of
+# s that zh refers to, where that is another.
+SHARED = tl.constexpr(9)
 
 
 @triton.jit
@@ -75,29 +76,33 @@ def weights(maximum, scale):
 
 @triton.jit
 def combined(
-    shared, parts, s_scale, t_scale, DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
-    PARTS: tl.constexpr,
+    shared, parts, s_scale, t_scale, DIVERGENCE: tl.constexpr, APART: tl.constexpr,
+    HARD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of a row from those of its slices; the same bits in all of its programs."""
     s_part = told(shared, 0, parts, NINF, PARTS)
     s_max, s_weight = weights(s_part, s_scale)
     t_max = s_max
+    h_max = s_max
     zs = tl.full([], 0.0, tl.float32)
     zt = zs
     zh = zs
     cross = zs
     if HARD:
-        _, h_weight = weights(s_part, LOG2E)
+        h_part = told(shared, 8, parts, NINF, PARTS) if APART else s_part
+        h_max, h_weight = weights(h_part, LOG2E)
         zh = tl.sum(h_weight * told(shared, 4, parts, 0.0, PARTS), 0)
-        zh = tl.where(s_max == NINF, float("nan"), zh)
+        zh = tl.where(h_max == NINF, float("nan"), zh)
     if DIVERGENCE != NONE:
         t_part = told(shared, 1, parts, NINF, PARTS)
         t_max, t_weight = weights(t_part, t_scale)
         zs_part = told(shared, 2, parts, 0.0, PARTS)
         zt_part = told(shared, 3, parts, 0.0, PARTS)
-        # A side without a finite logit is no distribution.
-        zs = tl.where(s_max == NINF, float("nan"), tl.sum(s_weight * zs_part, 0))
-        zt = tl.where(t_max == NINF, float("nan"), tl.sum(t_weight * zt_part, 0))
+        zs = tl.sum(s_weight * zs_part, 0)
+        zt = tl.sum(t_weight * zt_part, 0)
+        if not APART:  # a side without a finite logit is no distribution
+            zs = tl.where(s_max == NINF, float("nan"), zs)
+            zt = tl.where(t_max == NINF, float("nan"), zt)
         if DIVERGENCE != MIXTURE:
             # By how much ln(a / b) moves with the maxima. NaN, and so the row a careful one, where
             # just one side has a finite logit in the slice. Where neither has, `cross` of the slice
@@ -110,7 +115,7 @@ def combined(
                 term = s_weight * (part - zs_part * moved)
             empty = (s_part == NINF) & (t_part == NINF)
             cross = tl.sum(tl.where(empty, part, term), 0)
-    return s_max, t_max, zs, zt, zh, cross
+    return s_max, t_max, h_max, zs, zt, zh, cross
 
 
 @triton.jit

@@ -155,6 +155,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+NOT_SPLIT = "top_k|percentile|prun|select|test_sparse"
+
+
 def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects most parameter sets of the triton backend: the interpreter is 1000 times slower.
 
@@ -167,7 +170,7 @@ def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
         values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
         kernels = [v for v in values if isinstance(v, Backend) and v.interpreted]
         if kernels:
-            pruned = kernels[0].split and re.search("top_k|percentile|prun|select", item.nodeid)
+            pruned = kernels[0].split and re.search(NOT_SPLIT, item.nodeid)
             if torch.float64 in values or pruned:  # would be skipped; would not be split
                 left_out.add(item)
                 continue

@@ -63,6 +63,82 @@ def test_nothing_is_written_beside_the_rows():
         assert (rows != s.to(TRITON.device)).any(-1).all()
 
 
+@pytest.mark.parametrize("outside", ["bucket", "restrict", "renormalize"])
+def test_sparse_rows_lie_anywhere(outside):
+    """Classes beside each other, at both ends and in every tile; nothing is written beside rows."""
+    for dtype, pad, offset in ((torch.float32, 5, 3), (torch.bfloat16, 0, 1)):
+        s = placed(normal(3, V, dtype=dtype), pad, offset)
+        labels = torch.tensor([0, 1030, V - 1])  # among the classes, among them, not
+        ids = torch.cat((torch.arange(7), torch.arange(1020, 1040), torch.arange(300, V - 1, 101)))
+        ids = ids[torch.randperm(len(ids))].expand(3, -1)
+        log_probs = normal(3, ids.shape[1], seed=4).log_softmax(-1) - 0.1
+        results = []
+        for name in ("triton", "reference"):
+            base = torch.full((3, V + 13), 77.0, dtype=dtype)
+            rows = base[:, 5 : 5 + V]
+            rows.copy_(s)
+            device = TRITON.device if name == "triton" else "cpu"
+            base, inputs = base.to(device), [x.to(device) for x in (ids, log_probs, labels)]
+            leaf = base[:, 5 : 5 + V].requires_grad_()
+            loss = fastkd.topk_kd_loss(
+                leaf if name == "triton" else leaf.double(), *inputs, outside=outside, alpha=0.7,
+                temperature=2.0, vocab_size=V - 1 if outside == "bucket" else None, backend=name,
+                ignore_index=V - 1,
+            )  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            results.append((loss.cpu().double(), gradient.cpu().double()))
+        (loss, gradient), (exact, expected) = results
+        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
+        eps = 2 ** (-24 if dtype == torch.float32 else -9)
+        bound = eps * expected.abs() + 1e-6 * expected.abs().amax(-1, keepdim=True)
+        # The reference's gradient has been rounded to bfloat16 as well.
+        assert ((gradient - expected).abs() <= 2 * bound).all()
+
+
+def test_sparse_gradients_stay_in_their_rows():
+    s, vector = normal(3, 50), torch.ones(3, device=TRITON.device)
+    base = torch.full((3, 70), 77.0, device=TRITON.device)
+    rows = base[:, 5:55]
+    rows.copy_(s)
+    ids = torch.tensor([[0, 49, 50]], device=TRITON.device).repeat(3, 1)
+    log_probs = torch.full((3, 3), -1.0, device=TRITON.device)
+    out = torch.ops.fastkd.topk_rows_triton(
+        rows, ids, log_probs, -vector, None, vector, vector, vector, None, rows, 50, False
+    )
+    assert (base[:, :5] == 77).all() and (base[:, 55:] == 77).all() and out[0].isfinite().all()
+    assert (rows.sum(-1).abs() < 1e-6).all() and (rows != s.to(TRITON.device)).all()
+    ids[1, 0] = -1  # no class; of the bare op the row is spoilt, and nothing before it is read
+    g = torch.empty_like(rows)
+    soft, _ = torch.ops.fastkd.topk_rows_triton(
+        s.to(TRITON.device), ids, log_probs, -vector, None, vector, vector, vector, None, g, 50,
+        False,
+    )  # fmt: skip
+    assert soft.isnan().tolist() == g.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_probabilities_of_any_size():
+    """Beyond what fits the usual unit; negative ones, also where they would be pruned."""
+    z = normal(4, 900)
+    P = normal(4, 900, seed=1).softmax(-1)
+    P[0] *= 1e36
+    P[1, 800] = 3e38  # found after the first tile
+    P[2, :] = P[2] * 1e-42
+    P[3, 5] = -1e-20
+    for options in ({}, {"bottom_percentile": 90.0}, {"top_k": 2, "beta": 1.0}):
+        results = []
+        for name in ("triton", "reference"):
+            device = TRITON.device if name == "triton" else "cpu"
+            leaf = z.to(device).requires_grad_()
+            loss = fastkd.kd_loss(
+                leaf, P.to(device), temperature=5.0, teacher_kind="probs", reduction="none",
+                backend=name, **options,
+            )  # fmt: skip
+            loss.sum().backward()
+            results.append((loss.detach().cpu(), leaf.grad.cpu()))
+        torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5, equal_nan=True)
+        assert results[0][0].isnan().tolist() == [False, False, False, True]
+
+
 def test_rows_of_two_and_of_three_dimensions():
     s, t = (x.to(TRITON.device) for x in pair(6, 30))
     vector = torch.linspace(0.5, 1, 6, device=TRITON.device)

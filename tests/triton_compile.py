@@ -88,7 +88,7 @@ class Loop:
     instructions: int = 0
     loads: Counter = field(default_factory=Counter)  # number by bytes
     stores: Counter = field(default_factory=Counter)
-    exponentials: int = 0
+    exponentials: int = 0  # and logarithms, of the same unit
     barriers: int = 0  # and shuffles
     polls: int = 0  # of a counter
     spills: int = 0
@@ -213,7 +213,7 @@ def _census(code: list[str]) -> Loop:
         size = next((WIDTHS[m] for m in modifiers if m in WIDTHS), 4)
         loop.loads[size] += name == "LDG" and "STRONG" not in modifiers
         loop.stores[size] += name == "STG"
-        loop.exponentials += operation.startswith("MUFU.EX2")
+        loop.exponentials += operation.startswith(("MUFU.EX2", "MUFU.LG2"))
         loop.barriers += name in ("BAR", "SHFL")
         loop.polls += name in ("LDG", "ATOMG") and "STRONG" in modifiers
         loop.spills += name in ("LDL", "STL")
@@ -237,7 +237,7 @@ def _amd(kernel) -> Report:
             if width:
                 size = int(width[1] or 1) * (4 if "dword" in access[2] else 0.125)
             (loop.loads if access[1] == "load" else loop.stores)[int(size)] += 1
-        loop.exponentials += name.startswith("v_exp_f32")
+        loop.exponentials += name.startswith(("v_exp_f32", "v_log_f32"))
         loop.barriers += name == "s_barrier"
         loop.spills += name.startswith("scratch_")
     return Report(
@@ -259,6 +259,19 @@ VARIANTS: dict[str, dict] = {
     "pruned": {"keep": 1},
     "pruned mixture + hard": {"keep": 7, "beta": 0.3, "hard": True},
     "hard": {"hard": True, "soft": False},
+    "decoupled": {"decoupled": True},
+    "decoupled + hard": {"decoupled": True, "hard": True},
+    "decoupled, pruned": {"decoupled": True, "keep": 7},
+    "probabilities": {"probs": True},
+    "probabilities, pruned": {"probs": True, "keep": 7},
+    "probabilities mixture": {"probs": True, "beta": 0.3},
+    "decoupled probs + hard": {"decoupled": True, "probs": True, "hard": True},
+    "sparse bucket": {"named": 64},
+    "sparse bucket + hard": {"named": 64, "hard": True},
+    "sparse restricted": {"named": 64, "outside": "restrict"},
+    "sparse whole": {"named": 64, "outside": "renormalize"},
+    "sparse whole + hard": {"named": 64, "outside": "renormalize", "hard": True},
+    "sparse, no gradient": {"named": 64, "gradient": False},
     "float32 teacher": {"teacher_dtype": torch.float32},
     "rows not alike": {"teacher_pad": 1},
     "split": LONG,
@@ -267,6 +280,8 @@ VARIANTS: dict[str, dict] = {
     "split reverse": {"beta": 1.0, **LONG},
     "split mixture": {"beta": 0.3, **LONG},
     "split hard": {"hard": True, "soft": False, **LONG},
+    "split decoupled + hard": {"decoupled": True, "hard": True, **LONG},
+    "split probabilities": {"probs": True, **LONG},
     "V = 50": {"V": 50},
     "V = 50, pruned": {"V": 50, "keep": 1},
     "V = 5003": {"V": 5003},
@@ -278,16 +293,28 @@ def launch(
     dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 20001, *,
     teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, keep: int | None = None,
     beta: float = 0.0, hard: bool = False, soft: bool = True, gradient: bool = True,
+    decoupled: bool = False, probs: bool = False, named: int = 0, outside: str = "bucket",
 ) -> None:  # fmt: skip
     """One call of the op; inside `captured` nothing is read or written."""
     student = torch.empty(N, V, dtype=dtype)
     teacher = torch.empty(N, V + teacher_pad, dtype=teacher_dtype or dtype)
     vector = torch.empty(N)
+    if named:
+        triton_launch.topk_rows(
+            student, torch.empty(N, named, dtype=torch.int64), torch.empty(N, named),
+            vector if outside == "bucket" else None,
+            torch.empty(N, dtype=torch.int64) if hard else None, vector, vector, vector,
+            vector if hard else None, torch.empty_like(student) if gradient else None, V,
+            outside == "restrict",
+        )  # fmt: skip
+        return
     triton_launch.kd_rows(
-        student, teacher, torch.empty(N, dtype=torch.int64) if hard else None, vector, vector,
+        student, teacher,
+        torch.empty(N, dtype=torch.int64) if hard or decoupled else None, vector, vector,
         vector if soft else None, vector if hard else None,
         torch.empty_like(student) if gradient else None,
         V if keep is None else keep, V, beta,
+        vector if decoupled else None, torch.empty(N) if decoupled else None, probs,
     )  # fmt: skip
 
 
@@ -316,13 +343,15 @@ def size(loop: Loop) -> int:
     return loop.instructions
 
 
+# Variants whose instructions per pair the table holds.
+COUNTED = ("forward", "split", "decoupled", "probabilities")
 NAME = 8 + 1 + 9 + 1 + 22  # columns of what a row of the table is about
 
 
 def table_row(target: str, dtype: torch.dtype, variant: str, report: Report) -> str:
     row = f"{target:8} {str(dtype)[6:]:9} {variant:22} {report.registers:4} {report.spilled:4} "
     row += f"{report.shared:5} {report.instructions:6}"
-    if target.startswith("sm_") and variant in ("forward", "split"):
+    if target.startswith("sm_") and variant in COUNTED:
         c = costs(report, 2 * dtype.itemsize)
         row += f"  {c.sums.instructions / c.pairs:5.2f} {c.quick.instructions / c.pairs:5.2f} "
         row += f"{c.careful.instructions / c.pairs:5.2f} "
@@ -338,9 +367,18 @@ def cases() -> list[tuple[str, torch.dtype, str]]:
             found.append((target, dtype, "forward"))
         found += [
             (target, torch.bfloat16, v)
-            for v in ("pruned mixture + hard", "reverse", "split + hard")
+            for v in (
+                "pruned mixture + hard",
+                "reverse",
+                "split + hard",
+                "probabilities",
+                "decoupled probs + hard",
+                "split decoupled + hard",
+                "sparse bucket + hard",
+            )
         ]
-    found += [("sm_90", dtype, "split") for dtype in (torch.float16, torch.float32)]
+    for variant in ("split", "decoupled", "probabilities", "sparse bucket"):
+        found += [("sm_90", dtype, variant) for dtype in (torch.float16, torch.float32)]
     found += [(target, torch.bfloat16, "split") for target in ("sm_80", "gfx942")]
     return list(dict.fromkeys(found))
 
