@@ -70,9 +70,8 @@ def _against_vocabulary(
             style = {"color": "black", "linestyle": ":"} if shown == "copy" else {
                 "color": COLOURS[shown], "marker": "o", "markersize": 4}  # fmt: skip
             axes.plot(*zip(*points, strict=True), label=shown, **style)
-        axes.set(title=f"plain, {dtype}", xlabel="V", xscale="log", yscale=scale)
+        axes.set(title=f"plain, {dtype}", xlabel="V", yscale=scale)
         axes.set_xticks([r["V"] for r in chosen], [f"{r['V'] // 1000}k" for r in chosen])
-        axes.minorticks_off()
         _clean(axes)
     figure.axes[0].set_ylabel(label)
     _legend(figure)

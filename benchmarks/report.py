@@ -21,6 +21,7 @@ from .figures import (
     device_name,
     error,
     gradients,
+    label,
     losses,
     of_add,
     of_copy,
@@ -61,6 +62,11 @@ def load(folder: Path) -> dict[Path, Results]:
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits at least, and no exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def headline(results: Results) -> str:
@@ -112,8 +118,8 @@ def main_table(results: Results) -> str:
         memory = [us, inplace, "eager", *(["torch.compile"] if compiled else [])]
         return [
             f"{r['option']}, {r['dtype']}",
-            f"{seconds(r, us) * 1e3:.3g} ±{spread:.0%}",
-            f"{bandwidth(r, us) / 1e9:.3g}",
+            f"{number(seconds(r, us) * 1e3)} ±{spread:.0%}",
+            number(bandwidth(r, us) / 1e9),
             f"{of_copy(r, us):.0%}",
             f"{of_add(r, inplace):.0%}" if timed(r, inplace) else "",
             *([f"{of_copy(r, 'fastkd triton'):.0%}" if timed(r, "fastkd triton") else ""]
@@ -145,9 +151,9 @@ def full_table(results: Results) -> str:
             if timed(r, name):
                 off = error(r, name)
                 numbers = [
-                    f"{seconds(r, name) * 1e3:.4g}",
+                    number(seconds(r, name) * 1e3),
                     f"{figures['iqr_s'] / seconds(r, name) / 2:.0%}",
-                    f"{bandwidth(r, name) / 1e9:.4g}",
+                    number(bandwidth(r, name) / 1e9),
                     f"{of_copy(r, name):.0%}",
                     f"{gradients(r, name):.2f}" if "peak_bytes" in figures else "",
                     "" if off is None else f"{off:.1e}",
@@ -177,10 +183,17 @@ def specials(results: Results) -> list[str]:
     return parts
 
 
-def without(results: Results) -> str:
+def without(results: Results) -> list[str]:
+    """What is not in the table, and why."""
     names = [n for n in results["unavailable"] if "," not in n and not n.startswith("fastkd")]
     reasons = (f"{n} ({'; '.join(results['unavailable'][n])})" for n in names)
-    return f"Not measured there: {', '.join(reasons)}." if names else ""
+    parts = [f"Not measured there: {', '.join(reasons)}."] if names else []
+    failures = [
+        f"{label(r)}: {failed}"
+        for r in results["cases"]
+        if (failed := r.get("failed") or r["providers"].get(ours(r), {}).get("failed"))
+    ]
+    return parts + ([f"Failed there: {'; '.join(failures)}."] if failures else [])
 
 
 def step(path: Path) -> str:
@@ -213,7 +226,7 @@ def section(everything: dict[Path, Results]) -> str:
             headline(results),
             main_table(results),
             *specials(results),
-            without(results),
+            *without(results),
             step(path.with_name("step.json")),
             f"Every number of this device: [{path.stem}.md]({folder}/{path.stem}.md).",
             *pictures,
@@ -233,7 +246,7 @@ def details(path: Path, results: Results) -> str:
         f"Load before the run: {load}{'' if load < BUSY else '. **The machine was busy.**'}",
         main_table(results),
         *specials(results),
-        without(results),
+        *without(results),
         step(path.with_name("step.json")),
         table(budgets.HEADER, budgets.rows([results])),
         full_table(results),

@@ -46,11 +46,23 @@ def test_figures(results):
 def test_a_row_tells_all_of_it(results):
     _, _, row, *_ = report.main_table(results).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0] == "plain, float32" and cells[1] == "3e+03 ±5%"
+    assert cells[0] == "plain, float32" and cells[1] == "3,000 ±5%"
     assert cells[3:] == ["50%", "75%", "5.0x", "no memory", "2.0x, off by 25%",
                          "1.0 / 0.0 / 5.0 / -", "2e-07 / 1e-06"]  # fmt: skip
-    assert "Liger-Kernel (no GPU)" in report.without(results)
+    assert report.without(results) == ["Not measured there: Liger-Kernel (no GPU)."]
     assert "out of memory" in report.full_table(results)
+
+
+def test_a_failure_of_ours_is_told(results):
+    (case,) = results["cases"]
+    results["cases"] += [
+        case | {"V": 5, "failed": "out of memory", "providers": {}},
+        case | {"V": 6, "providers": {"fastkd cpu": {"failed": "RuntimeError: no"}}},
+    ]
+    assert report.without(results)[1] == (
+        "Failed there: plain, float32, V = 5: out of memory; "
+        "plain, float32, V = 6: RuntimeError: no."
+    )
 
 
 def test_budgets(results):
