@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=CPU_PAIRS, help="N * V on a CPU, at least")
     parser.add_argument("--smoke", action="store_true", help="tiny cases, which mean nothing")
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU")
     if given.smoke and given.results == RESULTS:
         given.results = None  # writes nothing
 

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fastkd
+
 from .cases import Case
 from .environment import environment, slug
 from .figures import Record
@@ -20,6 +22,8 @@ class Store:
     """Results in memory, and after every case in DIR/<device>/<device type>.json."""
 
     def __init__(self, device: str, settings: Settings, folder: Path | None, command: str) -> None:
+        if reasons := fastkd.backends()["cpu"]:
+            raise RuntimeError(f"nothing to measure: {'; '.join(reasons)}")
         self.settings = settings
         self.results: dict[str, Any] = environment(command, device) | {
             "settings": asdict(settings),
