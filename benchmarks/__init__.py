@@ -1,9 +1,12 @@
-"""fastkd against eager PyTorch and torch.compile, side by side in one run.
+"""fastkd against everything one would pick instead, side by side in one run.
 
-pytest benchmarks             every case on every provider, the report, and the results as JSON
-pytest benchmarks --smoke     the same on tiny inputs in seconds: does it all still run and agree
-python -m benchmarks.report benchmarks/results/<processor>/cpu.json [--update-readme]
-bash benchmarks/on_gpu.sh OUT  tests, checks and timings on a machine with a GPU
+python -m benchmarks            measures; run again, it goes on where it stopped
+python -m benchmarks.report     draws: README.md, plots, tables
+python -m benchmarks --smoke    every case on tiny inputs: does it all still run
+pytest benchmarks [--smoke]     the same cases as tests, which check what each provider computes
+bash benchmarks/on_gpu.sh OUT   all that a GPU has to show, on a machine that has one
 
-Needs pytest, pytest-benchmark and, for torch.compile, a C++ compiler. Run it on an idle machine.
+Needs tqdm; torch.compile a C++ compiler, the plots matplotlib, the tests pytest-benchmark.
+Liger-Kernel, TRL and vLLM's speculators take part where they are installed. Measure on an idle
+machine.
 """

@@ -22,8 +22,7 @@ import fastkd
 
 from .cases import Case, Logits
 from .gpu import UNFINISHED, arguments, captured
-from .gpu_timing import poison
-from .measure import relative_error
+from .measure import poison, relative_error
 
 # One to sixteen CTAs in a row, slices that fit into registers and slices that do not, edges that
 # are no multiple of any vector.

@@ -9,13 +9,18 @@
 #   variants    every kernel variant against the cpu backend; bits: two runs give the same bits;
 #               graph: captured in a CUDA graph
 #   memcheck    the variants under compute-sanitizer; racecheck, synccheck: the same
-#   timing      against the device's copy, eager PyTorch and torch.compile
+#   bench       python -m benchmarks --device cuda: both backends against the device's copy, eager
+#               PyTorch, torch.compile and other packages; a training step; the tables and plots
 #
-# Needs nvcc, g++, torch >= 2.10 with CUDA, setuptools and pytest; ninja, hypothesis and
-# compute-sanitizer are used where they are. A stage ends within 8 minutes; what it prints goes to
-# OUT/STAGE.log, its outcome to OUT/summary.txt. "unfinished": there was no time for all of it;
-# timing goes on where it stopped when it is called again. BACKEND=triton: the other backend, also
-# on AMD's GPUs and without nvcc; its first calls compile, so that a stage called again goes further.
+# Needs nvcc, g++, torch >= 2.10 with CUDA, setuptools, pytest and tqdm; ninja, hypothesis,
+# matplotlib, tokenizers and compute-sanitizer are used where they are. Wheels in WHEELS (by default
+# the folder wheels beside the checkout), of what is missing and of Liger-Kernel and speculators, are
+# installed into OUT/packages, without their dependencies. A stage ends within 8 minutes; what it
+# prints goes to OUT/STAGE.log, its outcome to OUT/summary.txt. "unfinished": there was no time for
+# all of it; bench goes on where it stopped when it is called again. Its results are
+# OUT/results/<device>/, to be copied to benchmarks/results and drawn by python -m benchmarks.report.
+# BACKEND=triton: the tests and checks of the other backend, also on AMD's GPUs and without nvcc; its
+# first calls compile, so that a stage called again goes further.
 # REHEARSE=1: all of it on the CPU with tiny inputs, to try the script; the numbers mean nothing.
 set -uo pipefail
 [ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -26,7 +31,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 BACKEND=${BACKEND:-cuda}
 REHEARSE=${REHEARSE:-}
 [ -z "$REHEARSE" ] || BACKEND=cpu
-export OUT BACKEND REHEARSE PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 FASTKD_EMULATION=0
+WHEELS=${WHEELS:-$PWD/../wheels}
+export OUT BACKEND REHEARSE WHEELS PYTHONDONTWRITEBYTECODE=1 FASTKD_EMULATION=0
+export PYTHONPATH=$PWD:$OUT/packages
 
 build() {
   if [ -z "$REHEARSE" ]; then
@@ -35,6 +42,10 @@ build() {
     TORCH_CUDA_ARCH_LIST=$(python3 -c "$capability") || return
     export TORCH_CUDA_ARCH_LIST
     [ "$BACKEND" = cuda ] || export FASTKD_CUDA=0
+  fi
+  if compgen -G "$WHEELS/*.whl" >/dev/null; then
+    python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$OUT/packages" \
+      "$WHEELS"/*.whl || return
   fi
   # Beside pyproject.toml, which a setuptools older than 77 refuses.
   mkdir -p "$OUT/build" && cp -r setup.py csrc "$OUT/build" &&
@@ -72,9 +83,17 @@ memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 synccheck() { sanitize synccheck; }
 
-timing() { python3 -m benchmarks.gpu_timing "$OUT" --backend "$BACKEND"; }
+bench() {
+  local how=(--device cuda --seconds 360)
+  [ -z "$REHEARSE" ] || how=(--device cpu --smoke)
+  python3 -m benchmarks "${how[@]}" --results "$OUT/results"
+  local status=$?
+  # The pictures need matplotlib; the results are there without it.
+  python3 -m benchmarks.report --results "$OUT/results" || true
+  return $status
+}
 
-every=(build suite compile variants bits graph memcheck racecheck synccheck timing)
+every=(build suite compile variants bits graph memcheck racecheck synccheck bench)
 stages=("${@:-${every[@]}}")
 export -f "${every[@]}" tests checks sanitize
 failed=0
@@ -94,7 +113,7 @@ for stage in "${stages[@]}"; do
     esac
     printf '%-10s %s, %d s\n' "$stage" "$outcome" $((SECONDS - begin)) | tee -a "$OUT/summary.txt"
     # Asked for by name, a stage runs once.
-    [ $# -eq 0 ] && [ "$stage" = timing ] && [ "$status" -eq 75 ] || again=
+    [ $# -eq 0 ] && [ "$stage" = bench ] && [ "$status" -eq 75 ] || again=
   done
   [ "$status" -eq 0 ] || failed=1
   [ "$stage" != build ] || [ "$status" -eq 0 ] || break

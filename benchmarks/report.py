@@ -1,33 +1,62 @@
-"""The report: Markdown tables from the results of one run.
+"""Draws what was measured.
 
-python -m benchmarks.report benchmarks/results/<processor>/cpu.json     everything, to the terminal
-... --update-readme     the headline table, between the markers in README.md
+python -m benchmarks.report                  README.md's performance section, the plots, and beside
+                                             every results file all of its numbers as a table
+python -m benchmarks.report --results DIR    the tables and plots of DIR alone
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from .cases import PRUNING
+from . import budgets
+from .cases import CONVERGED, HEADLINE, OPTIONS, OVERHEAD
+from .figures import (
+    OFF,
+    PEERS,
+    Record,
+    Results,
+    bandwidth,
+    device_name,
+    error,
+    gradients,
+    label,
+    losses,
+    of_add,
+    of_copy,
+    ours,
+    passes,
+    ratio,
+    seconds,
+    timed,
+    usual,
+)
+from .measure import CHECKED
+from .store import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-BUSY = 0.5  # load on a machine that should have been idle
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
-LEGEND = (
-    "A pair is one class of one row. `torch.add(a, b, out=c)` moves the bytes that a loss has to "
-    "move: two tensors in, one out. Memory is the peak of what forward and backward allocate, in "
-    "N x V gradients."
-)
+BUSY = 0.5  # load on a machine that should have been idle
+PLOTS = {
+    "bandwidth": "Bandwidth of forward and backward against the vocabulary",
+    "speedup": "Speed-up over eager PyTorch",
+    "memory": "Peak memory against the vocabulary",
+}
+LEGEND = """\
+Forward and backward at V = {V}, medians of {rounds} rounds in which all take turns, ± half the
+interquartile range. Bandwidth counts the bytes that any implementation has to move: two tensors in,
+one out (one in where the teacher is sparse); *of copy*: as a part of what `copy_` of the same
+logits reaches in the same rounds, *inplace*: of `torch.add(a, b, out=c)`. Memory is the peak of
+what the step allocates, in N x V gradients: fastkd / inplace / eager{compiled}. Error: of the
+gradient against float64, the largest of {rows} rows, fastkd / eager; a provider whose gradient is
+off by more than 1% says so. *float32*: 16-bit logits are converted first.""".replace("\n", " ")
 
-METHODS = (
-    "The other losses, in ns per pair and beside `kd_loss` on the same logits: decoupled, from "
-    "probabilities, with `top_k=64`, and `topk_kd_loss` from the 64 likeliest classes:"
-)
 
-Record = dict[str, Any]  # one case and what its providers needed
+def load(folder: Path) -> dict[Path, Results]:
+    """Of every device, CPUs first."""
+    files = sorted(folder.glob("*/cpu.json")) + sorted(folder.glob("*/cuda.json"))
+    return {path: json.loads(path.read_text()) for path in files}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -35,226 +64,225 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def has(record: Record, *names: str) -> bool:
-    return all(name in record["providers"] for name in names)
+def number(value: float) -> str:
+    """Three digits at least, and no exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def ratio(record: Record, slow: str, fast: str) -> float:
-    providers = record["providers"]
-    return providers[slow]["median_s"] / providers[fast]["median_s"]
-
-
-def ns_per_pair(record: Record, name: str) -> float:
-    return record["providers"][name]["median_s"] / (record["N"] * record["V"]) * 1e9
-
-
-def allocated(record: Record, name: str) -> float:
-    return record["providers"][name]["gradients_allocated"]
-
-
-def times_eager(record: Record) -> float:
-    return ratio(record, "eager", "fastkd")
-
-
-def times_compiled(record: Record) -> float:
-    return ratio(record, "torch.compile", "fastkd")
-
-
-def of_bandwidth(record: Record) -> float:
-    """What inplace reaches of the bandwidth of torch.add, which moves as many bytes."""
-    return ratio(record, "torch.add", "fastkd inplace")
-
-
-def label(record: Record) -> str:
-    return f"{record['option']}, {record['dtype']}, V = {record['V']}"
-
-
-def headline(results: dict[str, Any]) -> str:
-    processor, versions, commit = (results[k] for k in ("processor", "versions", "commit"))
+def headline(results: Results) -> str:
+    processor, gpu, versions = (results[k] for k in ("processor", "gpu", "versions"))
+    commit = results["commit"]
     source = f" at {commit['id'][:9]}{' (modified)' if commit['dirty'] else ''}" if commit else ""
+    threads = f"{processor['threads']} threads on {processor['cores']} cores"
+    on = f"{processor['instruction_set']}, {threads}"
+    if gpu:
+        clocks = [r["clock_mhz"] for r in results["cases"] if r.get("clock_mhz")]
+        seen = f", {min(clocks):.0f} to {max(clocks):.0f} MHz seen" if clocks else ""
+        on = f"driver {gpu.get('driver_version', 'unknown')}, CUDA {gpu['cuda']}{seen}"
+    others = ", ".join(
+        f"{name} {version}" for name, version in versions.items() if name != "fastkd"
+    )
     return (
-        f"{processor['name']}, {processor['instruction_set']}, {processor['threads']} threads on "
-        f"{processor['cores']} cores; fastkd {versions['fastkd']}{source}, "
-        f"torch {versions['torch']}, Python {versions['python']}; {results['date'][:10]}. "
-        f"Forward and backward, medians of {results['settings']['rounds']} rounds in which all "
-        "take turns."
+        f"**{device_name(results)}** ({on}): fastkd {versions['fastkd']}{source}, {others}; "
+        f"{results['date'][:10]}; `{results['command']}`."
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """What the README shows."""
-    rows = [
-        [
-            label(r),
-            f"{ns_per_pair(r, 'fastkd'):.2f}",
-            f"{times_eager(r):.1f}x",
-            f"{times_compiled(r):.1f}x",
-            f"{ns_per_pair(r, 'fastkd inplace'):.2f}",
-            f"{of_bandwidth(r):.0%}",
-            " / ".join(
-                f"{allocated(r, name):.1f}"
-                for name in ("fastkd", "fastkd inplace", "eager", "torch.compile")
-            ),
-        ]
-        for r in results["loss"]
-    ]
-    header = [
-        "loss",
-        "ns per pair",
-        "faster than eager",
-        "than torch.compile",
-        "inplace, ns per pair",
-        "inplace, of the bandwidth of `torch.add`",
-        "memory: fastkd / inplace / eager / compile",
-    ]
-    parts = [headline(results)]
-    if rows:
-        parts += [table(header, rows), LEGEND]
-    if results["methods"]:
-        parts += [METHODS, _by_provider(results["methods"], _beside_kd_loss)]
-    if overhead := results["overhead"]:
-        calls = ", ".join(
-            f"{name} {timing['median_s'] * 1e6:.0f}"
-            for name, timing in overhead["providers"].items()
-        )
-        shape = f"{overhead['N']} x {overhead['V']}"
-        parts.append(f"A call on {shape} logits, forward and backward, in microseconds: {calls}.")
-    return "\n\n".join(parts)
+def at_headline(results: Results) -> list[Record]:
+    order = {option: i for i, option in enumerate(OPTIONS)}
+    records = [r for r in usual(results) if r["V"] == HEADLINE]
+    return sorted(records, key=lambda r: (r["dtype"], order[r["option"]]))
 
 
-def _by_provider(records: list[Record], show: Callable[[Record, str], str]) -> str:
-    names = list(dict.fromkeys(name for r in records for name in r["providers"]))
-    rows = [[label(r), *(show(r, name) if has(r, name) else "" for name in names)] for r in records]
-    return table(["", *names], rows)
+def speedup(record: Record, name: str, than: str) -> str:
+    figures = record["providers"].get(name, {})
+    if "failed" in figures:
+        return "no memory" if figures["failed"] == "out of memory" else "failed"
+    if not timed(record, name, than):
+        return ""
+    off = error(record, name) or 0.0
+    return f"{ratio(record, name, than):.1f}x" + (f", off by {off:.0%}" if off > OFF else "")
 
 
-def _beside_kd_loss(record: Record, name: str) -> str:
-    times = "" if name == "kd_loss" else f" ({ratio(record, name, 'kd_loss'):.2f}x)"
-    return f"{ns_per_pair(record, name):.2f}{times}"
+def main_table(results: Results) -> str:
+    records = [r for r in at_headline(results) if timed(r, ours(r))]
+    if not records:
+        return ""
+    peers = [name for name in PEERS if any(name in r["providers"] for r in records)]
+    triton = any(timed(r, "fastkd triton") and ours(r) != "fastkd triton" for r in records)
+    compiled = "torch.compile" in peers
 
-
-def _timing(record: Record, name: str) -> str:
-    timing = record["providers"][name]
-    return f"{ns_per_pair(record, name):.2f} ±{timing['iqr_s'] / timing['median_s'] / 2:.0%}"
-
-
-def _error(record: Record, name: str) -> str:
-    error = record["providers"][name].get("gradient_error")
-    return "" if error is None else f"{error:.0e}"
-
-
-class Budget(NamedTuple):
-    """A number to reach, in every case: at most or at least `limit`."""
-
-    what: str
-    limit: float
-    aim: float | None
-    measured: dict[str, float]
-    at_most: bool = False
-
-    def row(self) -> list[str]:
-        worst = (max if self.at_most else min)(self.measured, key=lambda k: self.measured[k])
-        value = self.measured[worst]
+    def row(r: Record) -> list[str]:
+        us, inplace = ours(r), f"{ours(r)}, inplace"
+        spread = r["providers"][us]["iqr_s"] / seconds(r, us) / 2
+        memory = [us, inplace, "eager", *(["torch.compile"] if compiled else [])]
         return [
-            self.what,
-            f"{'at most' if self.at_most else 'at least'} {self.limit:g}",
-            "" if self.aim is None else f"{self.aim:g}",
-            f"{value:.3g}",
-            worst,
-            self.verdict(value),
-        ]
+            f"{r['option']}, {r['dtype']}",
+            f"{number(seconds(r, us) * 1e3)} ±{spread:.0%}",
+            number(bandwidth(r, us) / 1e9),
+            f"{of_copy(r, us):.0%}",
+            f"{of_add(r, inplace):.0%}" if timed(r, inplace) else "",
+            *([f"{of_copy(r, 'fastkd triton'):.0%}" if timed(r, "fastkd triton") else ""]
+              if triton else []),
+            *(speedup(r, name, us) for name in peers),
+            " / ".join(f"{gradients(r, n):.1f}" if timed(r, n) else "-" for n in memory),
+            " / ".join(f"{e:.0e}" for n in (us, "eager") if (e := error(r, n)) is not None),
+        ]  # fmt: skip
 
-    def verdict(self, value: float) -> str:
-        def reached(limit: float) -> bool:
-            return value <= limit if self.at_most else value >= limit
+    header = [
+        f"loss, N = {records[0]['N']}", "ms", "GB/s", "of copy", "inplace, of add",
+        *(["triton, of copy"] if triton else []), *(f"than {name}" for name in peers),
+        "memory", "error",
+    ]  # fmt: skip
+    legend = LEGEND.format(
+        V=HEADLINE,
+        rounds=results["settings"]["rounds"],
+        compiled=" / torch.compile" if compiled else "",
+        rows=CHECKED,
+    )
+    return f"{table(header, [row(r) for r in records])}\n\n{legend}"
 
-        if not reached(self.limit):
-            return f"MISSED by {abs(value / self.limit - 1):.1%}"
-        return "met, and the aim" if self.aim is not None and reached(self.aim) else "met"
+
+def full_table(results: Results) -> str:
+    """Every provider of every case."""
+    rows = []
+    for r in losses(results):
+        for name, figures in r["providers"].items():
+            if timed(r, name):
+                off = error(r, name)
+                numbers = [
+                    number(seconds(r, name) * 1e3),
+                    f"{figures['iqr_s'] / seconds(r, name) / 2:.0%}",
+                    number(bandwidth(r, name) / 1e9),
+                    f"{of_copy(r, name):.0%}",
+                    f"{gradients(r, name):.2f}" if "peak_bytes" in figures else "",
+                    "" if off is None else f"{off:.1e}",
+                ]
+            else:
+                numbers = [figures["failed"], *[""] * 5]
+            case = f"{r['option']}{passes(r)}, {r['dtype']}, {r['N']} x {r['V']}"
+            rows.append([case, name, *numbers])
+    header = ["case", "provider", "ms", "±", "GB/s", "of copy", "memory, N x V", "gradient error"]
+    return table(header, rows)
 
 
-def budgets(results: dict[str, Any]) -> list[Budget]:
-    every = results["loss"]
-    pruned = [r for r in every if r["option"] in PRUNING]
-    unpruned = [r for r in every if r["option"] not in PRUNING]
-    plain = [r for r in every if r["option"] == "plain" and r["dtype"] == "float32"]
+def specials(results: Results) -> list[str]:
+    parts = []
+    for r in results["cases"]:
+        if r["option"] == OVERHEAD and "providers" in r:
+            calls = ", ".join(f"{n} {seconds(r, n) * 1e6:.0f}" for n in r["providers"])
+            shape = f"{r['N']} x {r['V']}"
+            parts.append(f"A call on {shape} logits, forward and backward, in us: {calls}.")
+        if r["option"] == CONVERGED and "providers" in r:
+            found = {n: f["loss_error"] for n, f in r["providers"].items() if "loss_error" in f}
+            errors = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
+            parts.append(
+                f"Relative error of the loss where the student is all but the teacher, "
+                f"{r['dtype']}, V = {r['V']}, a loss of {r['loss']:.1e}: {errors}."
+            )
+    return parts
 
-    def of(records: list[Record], value: Callable[[Record], float]) -> dict[str, float]:
-        return {label(r): value(r) for r in records}
 
-    without_pruning = of(pruned, lambda r: ratio(r, "fastkd", "fastkd unpruned"))
-    memory = of(every, lambda r: allocated(r, "fastkd"))
-    memory_inplace = of(every, lambda r: allocated(r, "fastkd inplace"))
-    methods = results["methods"]
-
-    def beside(*names: str) -> dict[str, float]:
-        return {f"{name}, {label(r)}": ratio(r, name, "kd_loss") for r in methods for name in names}
-
-    providers = results["overhead"]["providers"] if results["overhead"] else {}
-    calls = {n: t["median_s"] * 1e6 for n, t in providers.items() if n == "fastkd"}
-    lines = [
-        Budget("times eager", 6, 10, of(unpruned, times_eager)),
-        Budget("times torch.compile", 3, 5, of(every, times_compiled)),
-        Budget("plain, inplace, float32: of torch.add's", 0.5, 0.7, of(plain, of_bandwidth)),
-        Budget("pruned: times eager", 10, None, of(pruned, times_eager)),
-        Budget("pruned: times its time without pruning", 1.6, None, without_pruning, at_most=True),
-        Budget("memory, in gradients", 1.01, None, memory, at_most=True),
-        Budget("memory, in gradients, inplace", 0.01, None, memory_inplace, at_most=True),
-        Budget(
-            "methods: times kd_loss",
-            1.15,
-            None,
-            beside("dkd_loss", "probabilities", "restrict"),
-            at_most=True,
-        ),
-        Budget(
-            "64 classes: times kd_loss",
-            0.75,
-            None,
-            beside("bucket", "restrict", "renormalize"),
-            at_most=True,
-        ),
-        Budget("microseconds per call", 60, 40, calls, at_most=True),
+def without(results: Results) -> list[str]:
+    """What is not in the table, and why."""
+    names = [n for n in results["unavailable"] if "," not in n and not n.startswith("fastkd")]
+    reasons = (f"{n} ({'; '.join(results['unavailable'][n])})" for n in names)
+    parts = [f"Not measured there: {', '.join(reasons)}."] if names else []
+    failures = [
+        f"{label(r)}: {failed}"
+        for r in results["cases"]
+        if (failed := r.get("failed") or r["providers"].get(ours(r), {}).get("failed"))
     ]
-    return [line for line in lines if line.measured]
+    return parts + ([f"Failed there: {'; '.join(failures)}."] if failures else [])
 
 
-def report(results: dict[str, Any]) -> str:
-    """Everything: what the README shows, every provider's numbers, and the budgets."""
+def step(path: Path) -> str:
+    """The training step of examples/distill_lm.py."""
+    if not path.exists():
+        return ""
+    results = json.loads(path.read_text())
+    s = results["settings"]
+    rows = [
+        [run["name"], f"{run['step_ms']:.0f}", f"{run['loss_ms']:.0f}",
+         f"{run['loss_ms'] / run['step_ms']:.0%}", f"{run['peak_mib']:,.0f}"]
+        for run in results["runs"]
+        if run["name"] != "teacher"
+    ]  # fmt: skip
+    return (
+        f"A training step of [examples/distill_lm.py](examples/distill_lm.py), its vocabulary "
+        f"padded to {s['pad_vocab']} classes, {s['batch']} x {s['context']} tokens, float32, alpha "
+        f"{s['alpha']:g}:\n\n"
+        + table(["student", "step, ms", "of it the loss, ms", "share", "peak memory, MiB"], rows)
+    )
+
+
+def section(everything: dict[Path, Results]) -> str:
+    """What the README shows."""
+    parts = []
+    for path, results in everything.items():
+        folder = f"benchmarks/results/{path.parent.name}"
+        pictures = [f"![{text}]({folder}/{path.stem}_{name}.svg)" for name, text in PLOTS.items()]
+        parts += [
+            headline(results),
+            main_table(results),
+            *specials(results),
+            *without(results),
+            step(path.with_name("step.json")),
+            f"Every number of this device: [{path.stem}.md]({folder}/{path.stem}.md).",
+            *pictures,
+        ]
+    for kind, stem in (("CPU", "cpu"), ("GPU", "cuda")):
+        if not any(path.stem == stem for path in everything):
+            parts.append(f"{kind}: not yet measured.")
+    parts.append("The numbers that fastkd is built to reach:")
+    parts.append(table(budgets.HEADER, budgets.rows(everything.values())))
+    return "\n\n".join(part for part in parts if part)
+
+
+def details(path: Path, results: Results) -> str:
     load = results["processor"]["load_before"]
     parts = [
-        f"Load before the run: {load}{'' if load < BUSY else '. THE MACHINE WAS BUSY.'}",
-        markdown(results),
+        headline(results),
+        f"Load before the run: {load}{'' if load < BUSY else '. **The machine was busy.**'}",
+        main_table(results),
+        *specials(results),
+        *without(results),
+        step(path.with_name("step.json")),
+        table(budgets.HEADER, budgets.rows([results])),
+        full_table(results),
     ]
-    if results["loss"]:
-        parts += [
-            "ns per pair, and half the interquartile range:",
-            _by_provider(results["loss"], _timing),
-            "Relative L2 error of the gradient, against the definition on the logits in float32:",
-            _by_provider(results["loss"], _error),
-        ]
-    header = ["budget", "limit", "aim", "worst", "in", ""]
-    parts.append(table(header, [line.row() for line in budgets(results)]))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def update(text: str, results: dict[str, Any]) -> str:
-    """`text` with the table between the markers replaced."""
-    between = re.compile(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", re.DOTALL)
-    if not between.search(text):
-        raise ValueError(f"no place for the table: {BEGIN} and {END} are not there")
-    return between.sub(lambda _: f"\n{markdown(results)}\n", text)
+_BETWEEN = re.compile(f"(?<={re.escape(BEGIN)}\n).*(?=\n{re.escape(END)})", re.DOTALL)
+
+
+def shown(readme: str) -> str:
+    """The performance section as it stands in the README."""
+    found = _BETWEEN.search(readme)
+    if not found:
+        raise ValueError(f"no place for the results: {BEGIN} and {END} are not there")
+    return found[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the tables of one run, in Markdown")
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--update-readme", action="store_true", help="write them to README.md too")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    print(report(results))
-    if arguments.update_readme:
-        README.write_text(update(README.read_text(), results))
+    parser = argparse.ArgumentParser(description="tables and plots from the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="their folder")
+    given = parser.parse_args()
+
+    everything = load(given.results)
+    for path, results in everything.items():
+        path.with_suffix(".md").write_text(details(path, results))
+    text = section(everything)
+    print(text)
+    if given.results == RESULTS:
+        README.write_text(_BETWEEN.sub(lambda _: text, README.read_text()))
+
+    from .plots import draw  # matplotlib, without which there are the tables
+
+    for path, results in everything.items():
+        for name, title in PLOTS.items():
+            draw(name, title, results, path.with_name(f"{path.stem}_{name}.svg"))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class Trainer:
         """AdamW with warm-up and cosine decay; equal sizes get equal weights and batches."""
         args, run, times = self.args, Run(name), []
         torch.manual_seed(args.seed)
-        model = Transformer(size, args.vocab, args.context).to(args.device)
+        model = Transformer(size, args.classes, args.context).to(args.device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), eps=EPS, fused=True
         )
@@ -263,6 +263,12 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     for name, kind, default, text in (
         ("device", str, "cpu", "where to train: cpu, cuda, cuda:1"),
         ("vocab", number(int, SMALLEST_VOCAB), 32768, "size of the BPE vocabulary"),
+        (
+            "pad-vocab",
+            number(int, SMALLEST_VOCAB),
+            None,
+            "classes of the models, where more than --vocab: some that the text never uses",
+        ),
         ("steps", number(int, WARM_UP_STEPS + 1), 320, "of each student"),
         ("teacher-steps", number(int, WARM_UP_STEPS + 1), None, "(none: 2.5 times --steps)"),
         ("batch", number(int, 1), 4, "windows of text per step"),
@@ -291,6 +297,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text, metavar=metavar)
     args = parser.parse_args()
 
+    args.classes = max(args.vocab, args.pad_vocab or 0)
     args.teacher_steps = args.teacher_steps or 5 * args.steps // 2
     args.percentiles = [args.bottom_percentile]
     if args.prune_to is not None:

@@ -131,9 +131,10 @@ def markdown(results: Results) -> str:
     if any(percentiles):
         steps = ", ".join(f"{percentile:.3g}" for percentile in percentiles)
         pruning += f", bottom {steps} % pruned"
+    vocab = f"{s['vocab']}, padded to {s['pad_vocab']}" if s.get("pad_vocab") else s["vocab"]
     return "\n\n".join(
         [
-            f"{results['text']}, a vocabulary of {s['vocab']}; {s['teacher_steps']} steps of the "
+            f"{results['text']}, a vocabulary of {vocab}; {s['teacher_steps']} steps of the "
             f"teacher and {s['steps']} of each student, of {s['batch']} x {s['context']} tokens; "
             f"temperature {s['temperature']:g}, alpha {s['alpha']:g}{pruning}. {where}; "
             f"fastkd {versions['fastkd']}{source}, torch {versions['torch']}; "
