@@ -1,5 +1,6 @@
 """What follows from a record: ratios, bandwidths, names. Definitions of what the reports show."""
 
+from statistics import median, quantiles
 from typing import Any
 
 Record = dict[str, Any]  # one case and the figures of its providers
@@ -38,31 +39,53 @@ def ours(record: Record) -> str:
 
 def timed(record: Record, *names: str) -> bool:
     providers = record.get("providers", {})
-    return all("median_s" in providers.get(name, {}) for name in names)
+    return all("seconds" in providers.get(name, {}) for name in names)
 
 
 def seconds(record: Record, name: str) -> float:
-    return record["providers"][name]["median_s"]
+    return median(record["providers"][name]["seconds"])
+
+
+def spread(record: Record, name: str) -> float:
+    """Half the interquartile range, of the median."""
+    rounds = record["providers"][name]["seconds"]
+    if len(rounds) < 2:
+        return 0.0
+    low, middle, high = quantiles(rounds, n=4)
+    return (high - low) / 2 / middle
 
 
 def ratio(record: Record, slow: str, fast: str) -> float:
-    return seconds(record, slow) / seconds(record, fast)
+    """The median over the rounds: the two of one round saw the machine in the same state."""
+    both = (record["providers"][name]["seconds"] for name in (slow, fast))
+    return median(a / b for a, b in zip(*both, strict=True))
+
+
+TENSORS = {"copy": 2, "torch.add": 3}  # of N x V, that these move
+
+
+def moved(record: Record, name: str) -> int:
+    """Bytes; of a loss those that any implementation has to move."""
+    tensors = TENSORS.get(name)
+    return tensors * record["tensor_bytes"] if tensors else record["moved_bytes"]
 
 
 def bandwidth(record: Record, name: str) -> float:
-    """Bytes per second, of those that any implementation has to move."""
-    factor = {"copy": 2, "torch.add": 3}.get(name)
-    moved = factor * record["tensor_bytes"] if factor else record["moved_bytes"]
-    return moved / seconds(record, name)
+    """Bytes per second."""
+    return moved(record, name) / seconds(record, name)
+
+
+def _of(record: Record, name: str, other: str) -> float:
+    return moved(record, name) / moved(record, other) * ratio(record, other, name)
 
 
 def of_copy(record: Record, name: str) -> float:
-    """Of the device's own bandwidth in a copy of the same logits, in the same race."""
-    return bandwidth(record, name) / bandwidth(record, "copy")
+    """Of the device's own bandwidth in a copy of the same logits, in the same rounds."""
+    return _of(record, name, "copy")
 
 
 def of_add(record: Record, name: str) -> float:
-    return bandwidth(record, name) / bandwidth(record, "torch.add")
+    return _of(record, name, "torch.add")
 
 
 def gradients(record: Record, name: str) -> float:

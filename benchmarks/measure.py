@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    rounds: int = 7
+    rounds: int = 11
     calls: int = 100  # per round, where a call's overhead is measured
     pairs: int = CPU_PAIRS
 
@@ -114,7 +113,7 @@ def _loss(case: Case, settings: Settings, drive: Callable) -> Record:
     steps["copy"] = lambda student: copy.copy_(teacher)
     steps["torch.add"] = lambda student: torch.add(student.detach(), teacher, out=copy)
     for name, seconds in race(case.device, steps, prepare, settings.rounds, drive).items():
-        providers[name] = summary(seconds) | providers.get(name, {})
+        providers[name] = per_call(seconds) | providers.get(name, {})
     moved = {"moved_bytes": case.moved_bytes, "tensor_bytes": case.tensor_bytes}
     return moved | {"rounding": rounding, "providers": providers}
 
@@ -174,16 +173,9 @@ def elapsed(device: str, step: Step, argument: Any) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def summary(seconds: list[float], calls: int = 1) -> Figures:
-    """Median, minimum and interquartile range of the time per call, and the number of rounds."""
-    per_call = [total / calls for total in seconds]
-    low, _, high = statistics.quantiles(per_call, n=4) if len(per_call) > 1 else (0, 0, 0)
-    return {
-        "median_s": rounded(statistics.median(per_call)),
-        "min_s": rounded(min(per_call)),
-        "iqr_s": rounded(high - low),
-        "rounds": len(per_call),
-    }
+def per_call(seconds: list[float], calls: int = 1) -> Figures:
+    """Of every round, in order: the rounds of two providers belong together (figures.py)."""
+    return {"seconds": [rounded(total / calls) for total in seconds]}
 
 
 def rounded(value: float) -> float:
@@ -296,7 +288,7 @@ def _overhead(case: Case, settings: Settings, drive: Callable) -> Record:
 
     steps = {name: partial(step, loss) for name, loss in losses.items()}
     times = race("cpu", steps, lambda: student.clone().requires_grad_(), settings.rounds, drive)
-    return {"providers": {name: summary(times[name], settings.calls) for name in times}}
+    return {"providers": {name: per_call(times[name], settings.calls) for name in times}}
 
 
 def _near_convergence(case: Case, settings: Settings, drive: Callable) -> Record:

@@ -29,6 +29,7 @@ from .figures import (
     passes,
     ratio,
     seconds,
+    spread,
     timed,
     usual,
 )
@@ -45,12 +46,13 @@ PLOTS = {
 }
 LEGEND = """\
 Forward and backward at V = {V}, medians of {rounds} rounds in which all take turns, ± half the
-interquartile range. Bandwidth counts the bytes that any implementation has to move: two tensors in,
-one out (one in where the teacher is sparse); *of copy*: as a part of what `copy_` of the same
-logits reaches in the same rounds, *inplace*: of `torch.add(a, b, out=c)`. Memory is the peak of
-what the step allocates, in N x V gradients: fastkd / inplace / eager{compiled}. Error: of the
-gradient against float64, the largest of {rows} rows, fastkd / eager; a provider whose gradient is
-off by more than 1% says so. *float32*: 16-bit logits are converted first.""".replace("\n", " ")
+interquartile range; ratios are the medians of those of the rounds. Bandwidth counts the bytes that
+any implementation has to move: two tensors in, one out (one in where the teacher is sparse); *of
+copy*: as a part of what `copy_` of the same logits reaches in the same rounds, *inplace*: of
+`torch.add(a, b, out=c)`. Memory is the peak of what the step allocates, in N x V gradients: fastkd
+/ inplace / eager{compiled}. Error: of the gradient against float64, the largest of {rows} rows,
+fastkd / eager; a provider whose gradient is off by more than 1% says so. *float32*: 16-bit logits
+are converted first.""".replace("\n", " ")
 
 
 def load(folder: Path) -> dict[Path, Results]:
@@ -114,11 +116,10 @@ def main_table(results: Results) -> str:
 
     def row(r: Record) -> list[str]:
         us, inplace = ours(r), f"{ours(r)}, inplace"
-        spread = r["providers"][us]["iqr_s"] / seconds(r, us) / 2
         memory = [us, inplace, "eager", *(["torch.compile"] if compiled else [])]
         return [
             f"{r['option']}, {r['dtype']}",
-            f"{number(seconds(r, us) * 1e3)} ±{spread:.0%}",
+            f"{number(seconds(r, us) * 1e3)} ±{spread(r, us):.0%}",
             number(bandwidth(r, us) / 1e9),
             f"{of_copy(r, us):.0%}",
             f"{of_add(r, inplace):.0%}" if timed(r, inplace) else "",
@@ -152,7 +153,7 @@ def full_table(results: Results) -> str:
                 off = error(r, name)
                 numbers = [
                     number(seconds(r, name) * 1e3),
-                    f"{figures['iqr_s'] / seconds(r, name) / 2:.0%}",
+                    f"{spread(r, name):.0%}",
                     number(bandwidth(r, name) / 1e9),
                     f"{of_copy(r, name):.0%}",
                     f"{gradients(r, name):.2f}" if "peak_bytes" in figures else "",

@@ -3,14 +3,14 @@
 import pytest
 
 from benchmarks import budgets, report
-from benchmarks.figures import bandwidth, gradients, of_add, of_copy
+from benchmarks.figures import bandwidth, gradients, of_add, of_copy, ratio
 
 N, V = 8, 128256
 NBYTES = N * V * 4
 
 
 def record(**providers):
-    figures = {name: {"median_s": s, "iqr_s": s / 10} for name, s in providers.items()}
+    figures = {name: {"seconds": [0.95 * s, 1.05 * s, s]} for name, s in providers.items()}
     return {
         "option": "plain", "dtype": "float32", "N": N, "V": V, "device": "cpu", "backward": True,
         "compiled": False, "tensor_bytes": NBYTES, "moved_bytes": 3 * NBYTES, "rounding": 4e-8,
@@ -21,7 +21,7 @@ def record(**providers):
 @pytest.fixture
 def results():
     case = record(**{"fastkd cpu": 3.0, "eager": 15.0, "copy": 1.0, "torch.add": 1.5, "TRL": 6.0})
-    case["providers"]["fastkd cpu, inplace"] = {"median_s": 2.0, "iqr_s": 0.0, "peak_bytes": 0}
+    case["providers"]["fastkd cpu, inplace"] = {"seconds": [1.9, 2.1, 2.0], "peak_bytes": 0}
     case["providers"]["fastkd cpu"] |= {"peak_bytes": NBYTES, "gradient_error": 2e-7}
     case["providers"]["eager"] |= {"peak_bytes": 5 * NBYTES, "gradient_error": 1e-6}
     case["providers"]["TRL"] |= {"peak_bytes": 7 * NBYTES, "gradient_error": 0.25}
@@ -41,6 +41,14 @@ def test_figures(results):
     assert of_copy(case, "fastkd cpu") == pytest.approx(0.5)  # 3 tensors in 3 s, 2 in 1 s
     assert of_add(case, "fastkd cpu, inplace") == pytest.approx(0.75)
     assert gradients(case, "eager") == 5
+
+
+def test_ratios_are_those_of_a_round():
+    """A machine that slows down for some of the rounds does so for both."""
+    case = record(**{"fastkd cpu": 1.0, "eager": 10.0})
+    case["providers"]["fastkd cpu"]["seconds"] = [1.0, 2.0, 1.0, 2.0, 1.0]
+    case["providers"]["eager"]["seconds"] = [10.0, 20.0, 20.0, 20.0, 10.0]
+    assert ratio(case, "eager", "fastkd cpu") == 10
 
 
 def test_a_row_tells_all_of_it(results):
