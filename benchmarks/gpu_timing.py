@@ -29,13 +29,14 @@ from .cases import OPTIONS, PRUNING, Case, Logits
 from .environment import environment, gpu
 from .gpu import UNFINISHED, arguments
 from .measure import Step, gradient, relative_error, rounded, summary
+from .methods import losses
 from .providers import PROVIDERS, Loss
 from .report import Budget, Record, has, label, ratio, table
 
 ROWS = 8192
 VOCABULARIES = (32768, 128256, 151936, 262144)
 COMPILED_V = 128256  # torch.compile takes half a minute per case
-TENSORS = 5  # of N x V that must fit: both logits, the buffer, a gradient, a copy
+TENSORS = 6  # of N x V that must fit: both logits, the buffer, a gradient, a copy, probabilities
 CHECKED = 16  # rows at either end whose gradient is compared with the definition
 # Relative L2 error of the gradient: rounding, and what another loss would exceed by far.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
@@ -191,6 +192,22 @@ def measure(case: Case, settings: Settings) -> Record:
     return asdict(case) | {"providers": providers}
 
 
+def measure_methods(case: Case, settings: Settings) -> Record:
+    """The other losses beside kd_loss, all in turn."""
+    logits = Logits(case)
+
+    def prepare() -> Tensor:
+        poison(logits.teacher)
+        return logits.student()
+
+    def step(loss: Callable[[Tensor], Any]) -> Step:
+        return lambda student: loss(student).backward()
+
+    steps = {name: step(loss) for name, loss in losses(case, logits.teacher).items()}
+    times = race(case.device, steps, prepare, settings.rounds)
+    return asdict(case) | {"providers": {name: summary(s) for name, s in times.items()}}
+
+
 def of_copy(record: Record, name: str) -> float:
     """Of the device's copy bandwidth, for the bytes that a loss has to move: read 2, write 1."""
     return 1.5 * ratio(record, "copy", name)
@@ -222,6 +239,13 @@ def budgets(records: list[Record]) -> list[Budget]:
 
 def report(results: dict[str, Any]) -> str:
     records = results["loss"]
+    methods = [
+        [f"{r['dtype']}-{r['V']}, N = {r['N']}", *(
+            f"{ratio(r, name, 'kd_loss'):.2f}x" if has(r, name) else "no memory"
+            for name in r["providers"]
+        )]
+        for r in results["methods"]
+    ]  # fmt: skip
 
     def ms(record: Record, name: str) -> str:
         return f"{record['providers'][name]['median_s'] * 1e3:.3f}" if has(record, name) else ""
@@ -252,14 +276,17 @@ def report(results: dict[str, Any]) -> str:
         table(header, rows),
         table(["budget", "limit", "aim", "worst", "in", ""], [b.row() for b in budgets(records)]),
     ]
+    if methods:
+        parts.append("Time of the other losses, of kd_loss on the same logits:")
+        parts.append(table(["logits", *results["methods"][0]["providers"]], methods))
     return "\n\n".join(parts)
 
 
-def earlier(path: Path, now: dict[str, Any]) -> list[Record]:
+def earlier(path: Path, now: dict[str, Any]) -> dict[str, list[Record]]:
     """What an earlier run of the same commit and settings left in the file."""
     before = json.loads(path.read_text()) if path.exists() else {}
     same = all(before.get(key) == now[key] for key in ("commit", "settings", "gpu"))
-    return before["loss"] if same else []
+    return {key: before.get(key, []) if same else [] for key in ("loss", "methods")}
 
 
 def main() -> int:
@@ -273,13 +300,17 @@ def main() -> int:
     }
     path = given.out / f"timing-{given.backend}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results["loss"] = earlier(path, results)
-    done = {(r["option"], r["dtype"], r["V"]) for r in results["loss"]}
-    left = [case for case in cases(chosen) if (case.option, case.dtype, case.V) not in done]
+    results |= earlier(path, results)
+    kinds = {"loss": measure, "methods": measure_methods}
+    done = {(kind, r["option"], r["dtype"], r["V"]) for kind in kinds for r in results[kind]}
+    every = cases(chosen)
+    left = [("loss", case) for case in every]
+    left += [("methods", case) for case in every if case.option == "plain"]
+    left = [(kind, c) for kind, c in left if (kind, c.option, c.dtype, c.V) not in done]
     begin = time.monotonic()
     while left and time.monotonic() - begin < given.seconds:
-        case = left.pop(0)
-        results["loss"].append(measure(case, chosen))
+        kind, case = left.pop(0)
+        results[kind].append(kinds[kind](case, chosen))
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{case}: done after {time.monotonic() - begin:.0f} s", flush=True)
         if chosen.device == "cuda":

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import pair, some_labels
+from conftest import Backend, pair, some_labels
 from torch import Tensor
 from torch.library import opcheck
 
-from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
+from fastkd import dkd_loss, kd_loss, ops, topk_kd_loss, topk_teacher
 
 
 def losses(N: int, V: int, backend: str = "cpu") -> dict:
@@ -60,10 +60,18 @@ def test_threads_and_runs_give_the_same_bits(method, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def need(backend: Backend, method: str) -> None:
+    if method not in ops._BACKENDS[backend.name].methods:
+        pytest.skip(f"the {backend.name} backend does not compute {ops.METHODS[method]}")
+    if backend.device != "cpu":
+        pytest.skip("the logits here are on the CPU")
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_second_order_and_nothing_without_a_gradient(method):
+def test_no_second_order_and_nothing_without_a_gradient(backend, method):
+    need(backend, method)
     student, _ = pair(4, 50)
-    loss = losses(4, 50)[method]
+    loss = losses(4, 50, backend.name)[method]
     with torch.no_grad():
         value = loss(student)
     assert not value.requires_grad and torch.equal(value, gradient(loss, student)[0])
@@ -75,15 +83,17 @@ def test_no_second_order_and_nothing_without_a_gradient(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("N", [0, 1])
-def test_no_rows_and_one_that_is_ignored(method, N):
-    loss = losses(2, 30)[method]
+def test_no_rows_and_one_that_is_ignored(backend, method, N):
+    need(backend, method)
+    loss = losses(2, 30, backend.name)[method]
     if N == 0:
         teacher = torch.empty(0, 30)
         empty = teacher.long()[:, :3], teacher[:, :3]
+        given = {"backend": backend.name}
         loss = {
-            "decoupled": lambda s: dkd_loss(s, teacher, torch.empty(0, dtype=torch.int64)),
-            "probabilities": lambda s: kd_loss(s, teacher, teacher_kind="probs"),
-            "sparse": lambda s: topk_kd_loss(s, *empty),
+            "decoupled": lambda s: dkd_loss(s, teacher, torch.empty(0, dtype=torch.int64), **given),
+            "probabilities": lambda s: kd_loss(s, teacher, teacher_kind="probs", **given),
+            "sparse": lambda s: topk_kd_loss(s, *empty, **given),
         }[method]
     student = torch.zeros(2 if N else 0, 30, requires_grad=True)
     value = loss(student)
