@@ -9,7 +9,8 @@
 #   variants    every kernel variant against the cpu backend; bits: two runs give the same bits;
 #               graph: captured in a CUDA graph
 #   memcheck    the variants under compute-sanitizer; racecheck, synccheck: the same
-#   timing      against the device's copy, eager PyTorch and torch.compile
+#   timing      against the device's copy, eager PyTorch and torch.compile; then the other losses
+#               beside kd_loss
 #
 # Needs nvcc, g++, torch >= 2.10 with CUDA, setuptools and pytest; ninja, hypothesis and
 # compute-sanitizer are used where they are. A stage ends within 8 minutes; what it prints goes to
