@@ -41,6 +41,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pruned, hard": {"top_k": 1000, "alpha": 0.3},
     "pruned, jsd": {"bottom_percentile": 50.0, "beta": 0.5},
 }
+# The losses beside kd_loss: of the student's logits, the teacher's, what else it is given of it
+# (Variant.given), the labels.
+METHODS: dict[str, Callable[..., Any]] = {
+    "decoupled": lambda s, t, _, y, **o: fastkd.dkd_loss(s, t, y, hard_weight=0.5, **o),
+    "decoupled, pruned": lambda s, t, _, y, **o: fastkd.dkd_loss(s, t, y, top_k=1000, **o),
+    "probabilities": lambda s, t, given, y, **o: fastkd.kd_loss(
+        s, given[0], y, teacher_kind="probs", **o
+    ),
+    "probabilities, pruned": lambda s, t, given, y, **o: fastkd.kd_loss(
+        s, given[0], y, teacher_kind="probs", bottom_percentile=20.0, beta=0.3, **o
+    ),
+    "bucket": lambda s, t, given, y, **o: fastkd.topk_kd_loss(s, *given[1:], y, alpha=0.7, **o),
+    "restrict": lambda s, t, given, y, **o: fastkd.topk_kd_loss(
+        s, *given[1:], y, outside="restrict", **o
+    ),
+    "renormalize": lambda s, t, given, y, **o: fastkd.topk_kd_loss(
+        s, *given[1:], y, outside="renormalize", alpha=0.7, **o
+    ),
+}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 1e-3}
 Bits = list[Tensor]
 
@@ -55,9 +74,14 @@ class Variant:
         self.logits = Logits(Case("plain", dtype, V, N, self.device))
         self.labels = torch.arange(N, device=self.device) * 7919 % V
         self.labels[N // 2] = -100
+        self.given: tuple[Tensor, ...] = ()
+        if option in METHODS:
+            probs = self.logits.teacher.float().softmax(-1).to(self.logits.teacher.dtype)
+            self.given = (probs, *fastkd.topk_teacher(self.logits.teacher, 64))
+        self.method = METHODS.get(option, lambda s, t, _, y, **o: fastkd.kd_loss(s, t, y, **o))
         self.loss = partial(
-            fastkd.kd_loss,
-            **{"temperature": 2.0, **OPTIONS[option]},
+            self.method,
+            **{"temperature": 2.0, **OPTIONS.get(option, {})},
             reduction="sum",
             return_terms=True,
         )
@@ -66,10 +90,11 @@ class Variant:
     def run(self, backend: str, student: Tensor, teacher: Tensor) -> Bits:
         """Loss, terms and gradient; and once without a gradient, as in an evaluation."""
         labels = self.labels.to(student.device)
+        given = [x.to(student.device) for x in self.given]
         with torch.no_grad():
-            evaluated = self.loss(student, teacher, labels, backend=backend)
+            evaluated = self.loss(student, teacher, given, labels, backend=backend)
         leaf = student.detach().requires_grad_()
-        output = self.loss(leaf, teacher, labels, backend=backend)
+        output = self.loss(leaf, teacher, given, labels, backend=backend)
         (gradient,) = torch.autograd.grad(output.loss, leaf)
         return [*evaluated, *(term.detach() for term in output), gradient]
 
@@ -129,7 +154,8 @@ CHECKS: dict[str, Callable[[Variant], str]] = {"variants": variants, "bits": bit
 def every_variant(check: str, backend: str) -> Iterator[Variant]:
     """Every V with each option and dtype; in strides, so that the first minutes see some of all."""
     vocabularies = VOCABULARIES if backend != "cpu" else VOCABULARIES[:3]
-    calls = [(V, dtype, option) for V in vocabularies for dtype in DTYPES for option in OPTIONS]
+    options = (*OPTIONS, *METHODS)
+    calls = [(V, dtype, option) for V in vocabularies for dtype in DTYPES for option in options]
     step = 17
     assert len(calls) % step, "a stride that divides the number of calls leaves some out"
     for index in range(len(calls)):

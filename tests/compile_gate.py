@@ -201,7 +201,9 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     load, gradient = Part(code, "slice.h", "load"), Part(code, file, "write_gradient")
     sums = Part(code, file, "sum_soft")
     shifted = Part(load.code, "columns.h", "load_shifted")
-    aside = [Part(code, file, f).code for f in ("sum_hard", "write_gradient", "mix")]
+    # What a row of the plain loss does not do, and what is counted by itself.
+    others = ("sum_hard", "write_gradient", "mix", "leave_out_label", "set_target")
+    aside = [Part(code, file, f).code for f in others]
     elsewhere = {id(i) for part in aside for i in part}
     plain = Part([i for i in every.code if id(i) not in elsewhere])
     # The sums over warps and CTAs are one warp's work for all of its CTA.

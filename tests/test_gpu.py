@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKENDS, NAN, Backend, normal, pair, run, some_labels
+from conftest import BACKENDS, NAN, Backend, normal, pair, some_labels
 
 import fastkd
 from benchmarks.gpu import captured
-from fastkd import kd_loss
+from fastkd import dkd_loss, kd_loss, ops, topk_kd_loss, topk_teacher
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "cuda"]
 pytestmark = pytest.mark.gpu
@@ -23,10 +23,10 @@ def gpu(request):
     return request.param
 
 
-def loss_and_gradient(backend, student, teacher, *labels, **options):
+def loss_and_gradient(backend, student, teacher, *labels, loss=kd_loss, **options):
     leaf = student.detach().requires_grad_()
-    loss = kd_loss(leaf * 1, teacher, *labels, backend=backend.name, **options)
-    return loss.detach(), *torch.autograd.grad(loss.sum(), leaf)
+    value = loss(leaf * 1, teacher, *labels, backend=backend.name, **options)
+    return value.detach(), *torch.autograd.grad(value.sum(), leaf)
 
 
 class Output(torch.autograd.Function):
@@ -45,26 +45,51 @@ def all_equal(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def probabilities(student, teacher, labels, **options):
+    return kd_loss(student, teacher.float().softmax(-1), labels, teacher_kind="probs", **options)
+
+
+def sparse(student, teacher, labels, **options):
+    return topk_kd_loss(student, *topk_teacher(teacher, 9), labels, **options)
+
+
 CALLS = {
     "plain": {},
     "jsd": {"beta": 0.5, "temperature": 2.0},
     "hard": {"alpha": 0.3, "temperature": 3.0},
     "top_k": {"top_k": 9, "reduction": "none"},
     "inplace": {"inplace": True, "temperature": 2.0},
+    # "loss": instead of kd_loss
+    "decoupled": {"loss": dkd_loss, "hard_weight": 0.5},
+    "decoupled, pruned": {"loss": dkd_loss, "top_k": 9, "reduction": "none"},
+    "probabilities": {"loss": probabilities, "temperature": 2.0, "bottom_percentile": 20.0},
+    "sparse": {"loss": sparse, "alpha": 0.3, "temperature": 2.0},
+    "sparse, restricted": {"loss": sparse, "outside": "restrict", "inplace": True},
+    "sparse, renormalised": {"loss": sparse, "outside": "renormalize", "temperature": 2.0},
 }
+METHOD = {dkd_loss: "decoupled", probabilities: "probabilities", sparse: "sparse"}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, gpu):
+    """The name of one that the backend has."""
+    method = METHOD.get(CALLS[request.param].get("loss"))
+    if method is not None and method not in ops._BACKENDS[gpu.name].methods:
+        pytest.skip(f"the {gpu.name} backend does not compute {ops.METHODS[method]}")
+    return request.param
 
 
 def arguments(call: str, V: int = 3001, dtype=torch.float32):
     student, teacher = (x.to("cuda") for x in pair(7, V, dtype=dtype))
     labels = some_labels(7, V, ignored=(2,)).to("cuda")
-    return student, teacher, labels, CALLS[call]
+    return student, teacher, labels, {**CALLS[call]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("call", CALLS)
 def test_nothing_waits_for_the_gpu(gpu, call, dtype):
     """Forward, and backward with a gradient that is not 1; temperatures and labels on the GPU."""
     student, teacher, labels, options = arguments(call, dtype=dtype)
+    loss = options.pop("loss", kd_loss)
     rows = torch.linspace(0.5, 4, 7, device="cuda")
     factor = torch.full((), 3.0, device="cuda")
     for extra in ({}, {"temperature": rows}, {"token_weights": rows}, {"num_items": factor}):
@@ -74,14 +99,13 @@ def test_nothing_waits_for_the_gpu(gpu, call, dtype):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            out = kd_loss(leaf * 1, teacher, labels, backend=gpu.name, **{**options, **extra})
+            out = loss(leaf * 1, teacher, labels, backend=gpu.name, **{**options, **extra})
             (factor * out).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("call", CALLS)
 def test_on_the_current_stream(gpu, call):
     """The logits arrive late, on a stream of their own: any other stream would see none."""
     student, teacher, labels, options = arguments(call)
@@ -101,16 +125,16 @@ def test_on_the_current_stream(gpu, call):
     assert all_equal(actual, expected)
 
 
-@pytest.mark.parametrize("call", CALLS)
 def test_captured_in_a_graph(gpu, call):
     """Forward and backward, replayed twice on logits that the capture did not see."""
     student, teacher, labels, options = arguments(call)
+    loss = options.pop("loss", kd_loss)
     grad_output = torch.ones((), device="cuda")
 
     def step():
         leaf = student.detach().requires_grad_()
-        loss = kd_loss(leaf * 1, teacher, labels, backend=gpu.name, **options)
-        return loss.detach(), *torch.autograd.grad((grad_output * loss).sum(), leaf)
+        value = loss(leaf * 1, teacher, labels, backend=gpu.name, **options)
+        return value.detach(), *torch.autograd.grad((grad_output * value).sum(), leaf)
 
     graph, outputs = captured(step)
     for seed in (3, 5):
@@ -178,19 +202,19 @@ def test_more_than_two_to_the_31_logits(gpu):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("call", CALLS)
 def test_on_a_device_that_is_not_the_current_one(gpu, call):
     student, teacher, labels, options = arguments(call)
-    expected = run(gpu, student, teacher, labels, **options)
+    expected = loss_and_gradient(gpu, student, teacher, labels, **options)
+    loss_of = options.pop("loss", kd_loss)
     other = [x.to("cuda:1") for x in (student, teacher, labels)]
     with torch.cuda.device(0):
         root = other[0].requires_grad_()
-        loss = kd_loss(root * 1, *other[1:], backend=gpu.name, **options)
+        loss = loss_of(root * 1, *other[1:], backend=gpu.name, **options)
         (gradient,) = torch.autograd.grad(loss.sum(), root)
         assert torch.cuda.current_device() == 0
     assert loss.device == gradient.device == torch.device("cuda:1")
-    assert torch.equal(loss.detach().cpu(), expected.loss)
-    assert torch.equal(gradient.cpu(), expected.gradient)
+    assert torch.equal(loss.detach().cpu(), expected[0].cpu())
+    assert torch.equal(gradient.cpu(), expected[1].cpu())
 
 
 def test_the_op_refuses_memory_of_another_device(gpu):
@@ -199,6 +223,14 @@ def test_the_op_refuses_memory_of_another_device(gpu):
         pytest.skip("the op is written in Python")
     student, teacher, labels, _ = arguments("plain")
     one = torch.ones(7, device="cuda")
+    ids = torch.arange(9, device="cuda").repeat(7, 1)
+    sparse = (student, ids, ids.float(), one, labels, one, one, one, one, torch.empty_like(student))
+    torch.ops.fastkd.topk_rows(*sparse, 3001, False)
+    for position in range(1, len(sparse)):
+        bad = [*sparse, 3001, False]
+        bad[position] = bad[position].cpu()
+        with pytest.raises(RuntimeError, match=r"device|elsewhere"):
+            torch.ops.fastkd.topk_rows(*bad)
     tensors = (student, teacher, labels, one, one, one, one, torch.empty_like(student))
     torch.ops.fastkd.kd_rows(*tensors, 3001, 3001, 0.0)
     for position in range(1, len(tensors)):
