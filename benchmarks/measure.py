@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -139,7 +140,7 @@ def race(
     """Seconds per step and round, the steps taking turns: what slows the machine slows them all.
 
     `prepare` makes a step's argument, untimed. `drive` times the first step; the others run in its
-    setup.
+    setup, in another order every time: whose memory a step finds freed must be no step's advantage.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -147,9 +148,10 @@ def race(
         times[name].append(elapsed(device, steps[name], argument))
 
     first, *others = steps
+    generator = random.Random(0)
 
     def setup() -> tuple[tuple[str, Any], dict[str, Any]]:
-        for name in others:
+        for name in generator.sample(others, len(others)):
             timed(name, prepare())
         return (first, prepare()), {}
 
