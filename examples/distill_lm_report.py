@@ -1,7 +1,8 @@
 """The report of distill_lm.py: the table, the plot, and what the numbers depend on.
 
 python examples/distill_lm_report.py benchmarks/results/distill_lm.json     to the terminal
-... --update-readme     and between the markers in README.md
+... --update-readme     and between the markers in README.md; with it the runs beside it that were
+                        made with other options, distill_lm_*.json
 """
 
 import argparse
@@ -25,7 +26,7 @@ import fastkd
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLOT = "examples/distill_lm.png"  # where the README expects it
-BEGIN, END = "<!-- distillation -->", "<!-- /distillation -->"
+SECTIONS = "distillation", "other options"  # of README.md, between <!-- name --> and <!-- /name -->
 POINTS = 100  # of a training curve, at most
 HEADER = ["", "validation loss", "tokens/s", "step", "of it the loss", "share", "peak memory"]
 
@@ -146,6 +147,26 @@ def markdown(results: Results) -> str:
     )
 
 
+def other_options(folder: Path) -> str:
+    """Of the runs beside the usual one: what each student came to."""
+    lines = ["| command | teacher | student | validation loss |", "| --- | ---: | --- | ---: |"]
+    for path in sorted(folder.glob("distill_lm*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        settings, (teacher, *students) = results["settings"], results["runs"]
+        options = "".join(
+            f" --{name.replace('_', '-')} {settings[name]:g}"
+            for name in ("top_k", "prune_to", "sparse_teacher")
+            if settings.get(name)
+        )
+        for run in students:
+            if run["name"] != "distilled, eager":
+                final, of_teacher = (f"{r['validation'][-1][1]:.4f}" for r in (run, teacher))
+                lines.append(
+                    f"| `distill_lm.py{options}` | {of_teacher} | {run['name']} | {final} |"
+                )
+    return "\n".join(lines)
+
+
 def plot(results: Results, path: Path) -> None:
     """The curves; the eager run is a wide line below the dashes of the fastkd run."""
     teacher, *students = results["runs"]
@@ -183,11 +204,13 @@ def main() -> None:
     print(text)
     if args.update_readme:
         readme = README.read_text(encoding="utf-8")
-        head, begin, rest = readme.partition(BEGIN)
-        _, end, tail = rest.partition(END)
-        if not begin or not end:
-            parser.error(f"no place for the report: {BEGIN} and {END} are not in {README.name}")
-        README.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+        for name, shown in zip(SECTIONS, (text, other_options(args.results.parent)), strict=True):
+            head, begin, rest = readme.partition(f"<!-- {name} -->")
+            _, end, tail = rest.partition(f"<!-- /{name} -->")
+            if not begin or not end:
+                parser.error(f"{README.name} has no place for {name}")
+            readme = f"{head}{begin}\n{shown}\n{end}{tail}"
+        README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

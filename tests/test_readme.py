@@ -12,7 +12,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GENERATED = re.compile(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", re.DOTALL)
+GENERATED = re.compile(r"<!-- ([\w ]+) -->\n(.*?)\n<!-- /\1 -->", re.DOTALL)
 # 12.8x, 75 %, 1.41 ns, 4.4 minutes, 137 MiB, 3 TB/s
 MEASURED = re.compile(
     r"(?<![\w.])\d[\d.,]*\s?(x\b|%|[nuµm]?s\b|(micro|milli)?seconds|[KMGT]i?B\b|[GT]B/s)"
@@ -39,6 +39,8 @@ def test_distillation_is_what_its_results_say(monkeypatch):
         (path,) = report.RESULTS.glob("*/distill_lm.json")
         shown = dict(GENERATED.findall(README))["distillation"]
         assert shown == example.markdown(json.loads(path.read_text(encoding="utf-8")))
+        shown = dict(GENERATED.findall(README))["other options"]
+        assert shown == example.other_options(path.parent)
     finally:
         sys.modules.pop("distill_lm_report")
 
