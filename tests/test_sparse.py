@@ -197,6 +197,20 @@ def test_edges(backend, outside):
     assert loss[2:5].isfinite().all() and (outside != "bucket" or loss[1] == INF)
 
 
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_logits_that_are_all_large(backend, outside):
+    """Far above what an exponential can be of, named or not."""
+    z, v = pair(2, 300)
+    z = z + 200
+    results = [
+        gradient(topk_kd_loss, z, *topk_teacher(v, 9), outside=outside, temperature=T, backend=name)
+        for name in (backend.name, "reference")
+        for T in (1.0, 3.0)
+    ]
+    for actual, expected in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+
+
 def test_rows_without_ids(backend):
     z = normal(2, 30)
     ids = torch.tensor([[-1, -1], [3, 4]])

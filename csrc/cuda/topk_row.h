@@ -309,8 +309,8 @@ class TopkRow : Slice<Exchange, false> {
 
   // --- the gradient
 
-  __device__ float difference(
-      const Pair& p) const {  // q - p; exact of a class that is all there is
+  // q - p; exact of a class that is all there is.
+  __device__ float difference(const Pair& p) const {
     if (p.lead == shared_.lead && p.other == shared_.other) return 0;
     return shared_.gradient(p.difference, p.other, p.lead);
   }
@@ -347,10 +347,12 @@ class TopkRow : Slice<Exchange, false> {
     if (scale == kLog2E && base == frame()) factor += hard, hard = 0;
     const float hard_base = frame();
     each_step(puts_back, [&](int step, const float* logits, unsigned named) {
-      float gradient[kPerLane];
+      float gradient[kPerLane] = {};
+      if (factor != 0) {  // else the frame may be no frame of theirs
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        gradient[j] = exp2_approx(fmaf(logits[j], scale, -base)) * factor;
+        for (int j = 0; j < kPerLane; ++j) {
+          gradient[j] = exp2_approx(fmaf(logits[j], scale, -base)) * factor;
+        }
       }
       if (hard != 0) {
 #pragma unroll
