@@ -22,8 +22,7 @@ constexpr int kClusterVectors = 4;
 constexpr int kLaterClusterVectors = 3;
 constexpr int kLoopVectors = 1;  // so many less beside what a loop over rows keeps
 constexpr int cluster_vectors(int major) {
-  return (major < 10 ? kClusterVectors : kLaterClusterVectors) -
-         (kPersistent ? kLoopVectors : 0);
+  return (major < 10 ? kClusterVectors : kLaterClusterVectors) - (kPersistent ? kLoopVectors : 0);
 }
 constexpr int kTicketVectors = 3;
 constexpr int kThreads = 256;     // of a CTA, mostly
