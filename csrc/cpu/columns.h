@@ -6,6 +6,8 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
+constexpr int64_t kChunk = 1024;  // columns: 16 KiB of float logits and exponentials, half an L1
+
 // What a chunk's exponentials are relative to. Any value within 2^40 of the maximum serves.
 template <class T>
 struct Frame {
@@ -57,7 +59,9 @@ struct Ahead {
     __builtin_prefetch(reinterpret_cast<const void*>(other + column * other_bytes), 0, 2);
   }
 };
-constexpr int64_t kAhead = 512;  // columns: what is computed in the time of a read from memory
+// Columns. Where a chunk is converted before it is computed, all of it is read at once: it has to
+// be touched while the last but one is computed.
+constexpr int64_t kAhead = 2 * kChunk;
 
 // The loops below keep a sum for every lane of a cache line of columns, whatever the width of the
 // vectors: so their rounding errors stay small, and nearly the same for every instruction set.
@@ -275,26 +279,19 @@ FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, 
   }
 }
 
-template <class T>
-FASTKD_LOOP bool all_normal(const T* values, int64_t n) {
-  T others = 0;
-#pragma omp simd reduction(+ : others)
+// ln of each value. kNormal: true if all of them are normal numbers > 0, else the logarithms are
+// not to be used.
+template <bool kNormal, class Stored, class T>
+FASTKD_LOOP bool logarithms(const Stored* __restrict values, int64_t n, T* __restrict logs) {
+  uint32_t oddest = 0;
+#pragma omp simd reduction(max : oddest)
   for (int64_t i = 0; i < n; ++i) {
-    const bool normal = values[i] >= std::numeric_limits<T>::min() && values[i] < kInf<T>;
-    others += normal ? T(0) : T(1);
+    const T value = static_cast<T>(load(values[i]));
+    const uint32_t odd = kNormal ? oddity(value) : 0;
+    oddest = oddest < odd ? odd : oddest;
+    logs[i] = logarithm<kNormal>(value);
   }
-  return others == 0;
-}
-template <bool kNormal, class T>
-FASTKD_LOOP void logarithms_of(const T* values, int64_t n, T* logs) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) logs[i] = logarithm<kNormal>(values[i]);
-}
-// The logarithms of probabilities, perhaps where they stand.
-template <class T>
-void logarithms(const T* values, int64_t n, T* logs) {
-  all_normal(values, n) ? logarithms_of<true>(values, n, logs)
-                        : logarithms_of<false>(values, n, logs);
+  return oddest < kOdd;
 }
 
 // NaN anywhere in a chunk.

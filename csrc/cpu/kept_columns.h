@@ -120,9 +120,15 @@ class KeptColumns {
   }
 
   const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {
-    const T* teacher = load_columns<T>(call_.teacher, row_, begin, n, scratch);
-    if (!call_.teacher_probs) return teacher;
-    logarithms(teacher, n, scratch);
+    if (!call_.teacher_probs) return load_columns<T>(call_.teacher, row_, begin, n, scratch);
+    dispatch(call_.teacher.dtype, [&](auto* stored) {
+      using Stored = std::remove_pointer_t<decltype(stored)>;
+      if constexpr (sizeof(Stored) <= sizeof(T)) {
+        const Stored* probs =
+            static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
+        if (!logarithms<true>(probs, n, scratch)) logarithms<false>(probs, n, scratch);
+      }
+    });
     return scratch;
   }
 

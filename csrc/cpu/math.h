@@ -113,8 +113,8 @@ template <bool kNormal>
 FASTKD_INLINE float logarithm(float x) {
   const bool small = !kNormal && x < 0x1p-126f;
   const int32_t bits = static_cast<int32_t>(to_bits(small ? x * 0x1p23f : x));
-  const int32_t k = (bits - kSqrtHalf) >> 23;
-  const float f = from_bits(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
+  const int32_t above = bits - kSqrtHalf, k = above >> 23;
+  const float f = from_bits(static_cast<uint32_t>(bits - (above & ~0x7fffff))) - 1.0f;
   const float log =
       f - f * f * log_remainder(f) + static_cast<float>(small ? k - 23 : k) * kLn2<float>;
   if constexpr (kNormal) return log;
@@ -124,6 +124,13 @@ FASTKD_INLINE float logarithm(float x) {
 template <bool kNormal>
 FASTKD_INLINE double logarithm(double x) {
   return x < kInf<double> ? std::log(x) : kNaN<double>;
+}
+
+// Below kOdd for normal numbers > 0 alone.
+constexpr uint32_t kOdd = 0x7f000000;
+FASTKD_INLINE uint32_t oddity(float x) { return to_bits(x) - 0x00800000u; }
+FASTKD_INLINE uint32_t oddity(double x) {
+  return x >= std::numeric_limits<double>::min() && x < kInf<double> ? 0 : kOdd;
 }
 
 struct LogTerms {

@@ -4,8 +4,6 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-constexpr int64_t kChunk = 1024;  // columns: 16 KiB of float logits and exponentials, half an L1
-
 // For rows of `vocab_size` columns.
 template <class T>
 struct Workspace {
