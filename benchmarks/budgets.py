@@ -80,10 +80,14 @@ def faster_than(name: str) -> Value:
     return lambda r: ratio(r, name, ours(r)) if timed(r, name, ours(r)) else None
 
 
-def beside_plain(r: Record) -> float | None:
+def beside_plain(variant: str = "") -> Value:
     """Of the time of kd_loss without options, on logits of the same size in the same rounds."""
-    plain = f"{ours(r)}, plain"
-    return ratio(r, ours(r), plain) if timed(r, plain, ours(r)) else None
+
+    def value(r: Record) -> float | None:
+        names = ours(r) + variant, f"{ours(r)}{variant}, plain"
+        return ratio(r, *names) if timed(r, *names) else None
+
+    return value
 
 
 def of(figure: Callable[[Record, str], float | None], variant: str = "", name: str = "") -> Value:
@@ -122,6 +126,15 @@ def _of_both(device: str, name: str) -> tuple[Budget, ...]:
     )  # fmt: skip
 
 
+def _beside_kd_loss(name: str, variant: str) -> tuple[Budget, ...]:
+    return (
+        Budget(f"{name}, dkd, probs, restrict: times kd_loss", 1.15, None,
+               on("cpu", ("dkd", "probs", "restrict")), beside_plain(variant), at_most=True),
+        Budget(f"{name}, a teacher of 64 classes: times kd_loss", 0.75, None,
+               on("cpu", SPARSE), beside_plain(variant), at_most=True),
+    )  # fmt: skip
+
+
 _H200 = on("cuda", ("plain",), "bfloat16", H200_VOCABULARIES)
 _H200_PRUNED = on("cuda", PRUNING, "bfloat16", H200_VOCABULARIES)
 _H200_HEADLINE = on("cuda", ("plain",), "bfloat16", (HEADLINE,))
@@ -134,11 +147,9 @@ BUDGETS = (
     Budget("CPU, pruned: times faster than eager", 10, None,
            on("cpu", PRUNING), faster_than("eager")),
     Budget("CPU, pruned: times its time without pruning", 1.6, None,
-           on("cpu", PRUNING), beside_plain, at_most=True),
-    Budget("CPU, dkd, probs, restrict: times kd_loss", 1.15, None,
-           on("cpu", ("dkd", "probs", "restrict")), beside_plain, at_most=True),
-    Budget("CPU, a teacher of 64 classes: times kd_loss", 0.75, None,
-           on("cpu", SPARSE), beside_plain, at_most=True),
+           on("cpu", PRUNING), beside_plain(), at_most=True),
+    *_beside_kd_loss("CPU", ""),
+    *_beside_kd_loss("CPU, inplace", ", inplace"),
     Budget("CPU: microseconds per call on tiny input", 60, 40,
            on("cpu", (OVERHEAD,)), of(lambda r, name: seconds(r, name) * 1e6), at_most=True),
     *_of_both("cpu", "CPU"),

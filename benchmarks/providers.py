@@ -39,16 +39,17 @@ def _fastkd(backend: str) -> dict[str, Provider]:
     def inplace(case: Case) -> Loss | None:
         return fastkd_loss(case, backend, inplace=True) if case.backward else None
 
-    def plain(case: Case) -> Loss | None:
+    def plain(case: Case, inplace: bool = False) -> Loss | None:
         """kd_loss without options on logits of the same size: what an option costs."""
         if case.option == "plain" or not case.backward:
             return None
-        return partial(fastkd.kd_loss, temperature=TEMPERATURE, backend=backend)
+        return partial(fastkd.kd_loss, temperature=TEMPERATURE, inplace=inplace, backend=backend)
 
     return {
         f"fastkd {backend}": Provider(partial(fastkd_loss, backend=backend), reasons),
         f"fastkd {backend}, inplace": Provider(inplace, reasons),
         f"fastkd {backend}, plain": Provider(plain, reasons),
+        f"fastkd {backend}, inplace, plain": Provider(partial(plain, inplace=True), reasons),
     }
 
 
