@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .ops import Ops
 
@@ -272,9 +273,16 @@ class _KDTerms(torch.autograd.Function):
         return dstudent, None
 
 
+def _has_tangent(student: Tensor) -> bool:
+    """Whether forward-mode AD follows it: the ops alone would drop what it carries."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(student).tangent is not None
+
+
 def kd_terms(student: Tensor, request: Request) -> Terms:
     """The loss and its terms, reduced, with a graph where the student needs a gradient."""
-    if student.requires_grad and torch.is_grad_enabled():
+    if (student.requires_grad and torch.is_grad_enabled()) or _has_tangent(student):
         terms = _KDTerms.apply(student, request)
         return terms if request.terms else (terms, None, None, None)
     return _run(student, request, None)[0]

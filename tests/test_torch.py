@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import BETAS, normal, pair, run, some_labels
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from fastkd import KDLoss, KDLossOutput, kd_loss
@@ -288,6 +289,20 @@ def test_second_order_gradient_raises(backend):
     s, loss, g = gradient()
     with pytest.raises(RuntimeError):
         (loss + g.square().sum()).backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_raises(backend, requires_grad):
+    """The loss has no tangent: it would come out as 0."""
+    s, t = on(backend, *pair(4, 50))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda s: kd_loss(s, t, backend=backend.name), (s,), (s,))
+    s.requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(s, torch.ones_like(s))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            kd_loss(dual, t, backend=backend.name)
+        assert kd_loss(s, t, backend=backend.name).item() > 0
 
 
 def test_create_graph_alone_is_right(backend):
