@@ -38,9 +38,9 @@ class TopkRow {
   }
 
  private:
-  // A class of the teacher, or all of its others: the logarithms of p and q, and q - p.
+  // A class of the teacher, or all of its others.
   struct Category {
-    double log_p, log_q, difference;
+    double log_p, log_q, p = 0, q = 0, difference = 0;  // q - p
   };
 
   static int64_t present(const int64_t* ids, int64_t count, int64_t vocab) {
@@ -57,10 +57,11 @@ class TopkRow {
   void compute(double& soft, double& hard) {
     const bool valid = read();
     const T at_label = call_.hard_weight ? student_at(label()) : T(0);
+    categories_.reserve(static_cast<size_t>(count_) + 1);
     // Now that the row is in the cache: before, each of them was a read from memory.
     for (int64_t i = 0; call_.soft_weight && i < count_; ++i) {
       const T log_prob = static_cast<const T*>(call_.log_probs)[row_ * call_.k + i];
-      categories_.push_back({double{log_prob}, double{student_at(ids_[i])} * student_inverse_, 0});
+      categories_.push_back({double{log_prob}, double{student_at(ids_[i])} * student_inverse_});
     }
     if (call_.soft_weight) soft = valid ? divergence() : kNaN<double>;
     if (call_.hard_weight) {
@@ -108,32 +109,54 @@ class TopkRow {
     return valid && !std::isnan(others_.sum());
   }
 
-  static double log_sum(const std::vector<Category>& categories, double Category::* log) {
+  // Turns logarithms into logarithms of probabilities that sum to 1, and into those; false where
+  // none is above -inf.
+  bool normalise(double Category::* log, double Category::* share) {
     double max = -kInf<double>, sum = 0;
-    for (const Category& category : categories) max = std::fmax(max, category.*log);
-    if (!(max > -kInf<double>)) return max;
-    for (const Category& category : categories) sum += std::exp(category.*log - max);
-    return max + std::log(sum);
+    for (const Category& category : categories_) max = std::fmax(max, category.*log);
+    if (!(max > -kInf<double>)) return false;
+    for (Category& category : categories_) {
+      category.*log -= max;
+      sum += category.*share = std::exp(category.*log);
+    }
+    const double log_sum = std::log(sum);
+    for (Category& category : categories_) {
+      category.*log -= log_sum;
+      category.*share /= sum;
+    }
+    return !std::isnan(sum);
   }
 
   double divergence() {
     if (call_.log_rest) {
       const double others = others_.sum() > 0 ? others_.lse() : -kInf<double>;
-      categories_.push_back({double{vector(call_.log_rest)}, others * student_inverse_, 0});
+      categories_.push_back({double{vector(call_.log_rest)}, others * student_inverse_});
     }
     const double teacher_inverse = vector(call_.teacher_inv_temperature);
     for (Category& category : categories_) category.log_p *= teacher_inverse;
-    const double log_p = log_sum(categories_, &Category::log_p);
+    if (!normalise(&Category::log_p, &Category::p)) return kNaN<double>;
     const bool whole = !call_.restricted && !call_.log_rest;  // q is over all classes
-    const double log_q = whole ? others_.lse() : log_sum(categories_, &Category::log_q);
-    if (!(log_p > -kInf<double>) || !(log_q > -kInf<double>)) return kNaN<double>;
+    if (whole) {
+      const double log_q = others_.lse();
+      if (!(log_q > -kInf<double>)) return kNaN<double>;
+      for (Category& category : categories_) category.log_q -= log_q;
+    } else if (!normalise(&Category::log_q, &Category::q)) {
+      return kNaN<double>;
+    }
     double sum = 0, mass = 0;
     for (Category& category : categories_) {
-      const double lp = category.log_p - log_p, lq = category.log_q - log_q;
-      const double p = std::exp(lp), q = std::exp(lq), d = lp - lq;
-      category.difference = lq == -kInf<double> ? 0 : std::fabs(d) < 1 ? -q * std::expm1(d) : q - p;
-      // p d - p + q, no term below 0
-      sum += p == 0 ? q : std::fabs(d) < 1 ? p * (d + std::expm1(-d)) : p * d - p + q;
+      const double p = category.p, d = category.log_p - category.log_q;
+      double q = category.q;
+      if (std::fabs(d) < 1) {                 // relative to their own size, however small d
+        const double excess = std::expm1(d);  // p / q - 1
+        q = p / (1 + excess);
+        category.difference = -q * excess;
+        sum += p * (d - excess / (1 + excess));  // p d - p + q
+      } else {
+        if (whole) q = std::exp(category.log_q);
+        category.difference = category.log_q == -kInf<double> ? 0 : q - p;
+        sum += p == 0 ? q : p * d - p + q;  // not below 0
+      }
       mass += q;
     }
     return std::fmax(whole ? sum + (1 - mass) : sum, 0.0);
