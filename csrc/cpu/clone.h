@@ -17,25 +17,32 @@ Workspace<T>& workspace(int64_t vocab_size) {
   return *kept;
 }
 
+// Calls compute(row, after) for rows from `next` on. A row is taken while the one before is
+// computed, so that its first logits can be read early; not near the end, where a thread would be
+// left without one.
+template <class Compute>
+void each_row(int64_t N, std::atomic<int64_t>& next, const Compute& compute) {
+  constexpr int64_t kLast = 16;
+  for (int64_t row = next++, after; row < N; row = after) {
+    after = row + kLast < N ? next++ : N;
+    compute(row, std::min(after, N - 1));
+    if (after == N) after = next++;
+  }
+}
+
 template <class T>
 void kd_rows_of(const KdRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(call.vocab_size);
-  // A row is taken while the one before is computed, so that its first logits can be read early;
-  // not near the end, where a thread would be left without one.
-  constexpr int64_t kLast = 16;
-  for (int64_t row = next++, after; row < call.N; row = after) {
-    after = row + kLast < call.N ? next++ : call.N;
-    Row<T>(call, work, row, std::min(after, call.N - 1)).run();
-    if (after == call.N) after = next++;
-  }
+  each_row(call.N, next, [&](int64_t row, int64_t after) { Row<T>(call, work, row, after).run(); });
 }
 
 template <class T>
 void topk_rows_of(const TopkRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(call.vocab_size);
-  for (int64_t row; (row = next++) < call.N;) TopkRow<T>(call, work, row).run();
+  each_row(call.N, next,
+           [&](int64_t row, int64_t after) { TopkRow<T>(call, work, row, after).run(); });
 }
 
 template <class T, class Stored>

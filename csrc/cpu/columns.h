@@ -62,6 +62,13 @@ struct Ahead {
 // Columns. Where a chunk is converted before it is computed, all of it is read at once: it has to
 // be touched while the last but one is computed.
 constexpr int64_t kAhead = 2 * kChunk;
+// Where those columns lie while the chunk from `begin` on is computed: past the end of a row, at
+// the beginning of the row `after` it.
+inline uintptr_t address_ahead(const Rows& rows, int64_t row, int64_t after, int64_t columns,
+                               int64_t begin) {
+  const int64_t end = (columns + kChunk - 1) / kChunk * kChunk, ahead = begin + kAhead;
+  return ahead < end ? rows.address(row, ahead) : rows.address(after, (ahead - end) % end);
+}
 
 // The loops below keep a sum for every lane of a cache line of columns, whatever the width of the
 // vectors: so their rounding errors stay small, and nearly the same for every instruction set.

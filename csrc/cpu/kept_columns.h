@@ -84,10 +84,11 @@ class KeptColumns {
 
   // The student's later columns, and the teacher's: of the next row where this one has been read.
   Ahead ahead(int64_t begin) const {
-    return {teacher_ ? call_.teacher.address(after_, begin)
-                     : call_.teacher.address(row_, begin + kAhead),
-            call_.student.address(row_, begin + kAhead), call_.teacher.element_bytes(),
-            call_.student.element_bytes()};
+    const auto later = [&](const Rows& rows) {
+      return address_ahead(rows, row_, after_, call_.vocab_size, begin);
+    };
+    return {teacher_ ? call_.teacher.address(after_, begin) : later(call_.teacher),
+            later(call_.student), call_.teacher.element_bytes(), call_.student.element_bytes()};
   }
 
  private:

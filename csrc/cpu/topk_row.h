@@ -8,10 +8,12 @@ namespace fastkd::cpu::FASTKD_ISA {
 template <class T>
 class TopkRow {
  public:
-  TopkRow(const TopkRows& call, Workspace<T>& work, int64_t row)
+  // `after`: the row that this thread is likely to compute next.
+  TopkRow(const TopkRows& call, Workspace<T>& work, int64_t row, int64_t after)
       : call_(call),
         work_(work),
         row_(row),
+        after_(after),
         vocab_(call.vocab_size),
         ids_(call.ids + row * call.k),
         count_(present(ids_, call.k, vocab_)),
@@ -77,7 +79,7 @@ class TopkRow {
 
   // The student's later columns.
   Ahead ahead(int64_t begin) const {
-    const uintptr_t student = call_.student.address(row_, begin + kAhead);
+    const uintptr_t student = address_ahead(call_.student, row_, after_, vocab_, begin);
     return {student, student, call_.student.element_bytes(), call_.student.element_bytes()};
   }
 
@@ -220,7 +222,7 @@ class TopkRow {
 
   const TopkRows& call_;
   Workspace<T>& work_;
-  const int64_t row_, vocab_;
+  const int64_t row_, after_, vocab_;
   const int64_t* ids_;
   const int64_t count_;  // of the ids that are there
   const T soft_weight_, hard_weight_, student_inverse_;
