@@ -199,11 +199,7 @@ class Reread {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const Pair p = pair(student[j], teacher[j]);
-        few.lead += p.lead;
-        few.other += p.other;
-        few.difference += p.difference;
-        few.excess += p.excess;
-        few.cross = fmaf(p.lead, p.x, few.cross);
+        add(few, p);
         few.forbidden += is_forbidden(student[j], teacher[j]) ? 1.0f : 0.0f;
       }
       sums.lead += few.lead;
@@ -213,13 +209,7 @@ class Reread {
       sums.cross += few.cross;
       sums.forbidden += few.forbidden;
     });
-    sums.lead = warp_sum(sums.lead);
-    sums.other = warp_sum(sums.other);
-    sums.difference = warp_sum(sums.difference);
-    sums.excess = warp_sum(sums.excess);
-    sums.cross = warp_sum(sums.cross);
-    sums.forbidden = warp_sum(sums.forbidden);
-    sums.hard = warp_sum(sums.hard);
+    sum_over_warp(sums);
     sums.label = row_.student_label();
     sums.label_teacher = row_.teacher_label();
     const Sums total = row_.total(sums, [&](Sums& sums) {
