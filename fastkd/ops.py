@@ -94,9 +94,7 @@ class Backend(NamedTuple):
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
-    "cuda": Backend(
-        "", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit, methods=NOT_THE_LIMIT
-    ),
+    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit),
     "triton": Backend(
         "_triton",
         triton_backend.MISSING,

@@ -225,7 +225,7 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
         "instructions_of_the_label": len(
             Part(code, file, "leave_out_label").code + Part(code, file, "set_target").code
         ),
-        "reread_loads_of_128_bits": Part(code, "reread.h", "each_step").wide("LDG"),
+        "reread_loads_of_128_bits": Part(code, "reread_slice.h", "each_step").wide("LDG"),
         "reread_stores_of_128_bits": Part(code, "reread.h", "write_gradient").wide("STG"),
     }
 
@@ -279,6 +279,8 @@ def empty(code: list[Instruction]) -> bool:
 
 def figures(binary: Binary) -> dict[str, Figures]:
     """Per variant; without nvdisasm only what ptxas says."""
+    import compile_ratios  # which is made of what is above
+
     code = instructions(binary.code)
     found = {}
     for mangled, resource in resources(binary.report).items():
@@ -296,8 +298,11 @@ def figures(binary: Binary) -> dict[str, Figures]:
             found[name]["instructions"] = len(kernel)
         if kernel and name.startswith("kd_rows"):
             found[name] |= core(name, binary.target, kernel)
+            if name.endswith("forward"):
+                found[name] |= compile_ratios.dense(name, binary.target, kernel)
         elif kernel and name.startswith("topk_rows"):
             found[name] |= topk_core(name, binary.target, kernel)
+            found[name] |= compile_ratios.restricted(name, binary.target, kernel)
         elif kernel:
             every = Part(kernel)
             found[name] |= {

@@ -20,7 +20,7 @@ constexpr bool kPersistent = FASTKD_PERSISTENT;
 // registers than before; by tickets it needs some for the addresses of their buffers.
 constexpr int kClusterVectors = 4;
 constexpr int kLaterClusterVectors = 3;
-constexpr int kLoopVectors = 1;  // so many less beside what a loop over rows keeps
+constexpr int kLoopVectors = 2;  // so many less beside what a loop over rows keeps: by 1 it spills
 constexpr int cluster_vectors(int major) {
   return (major < 10 ? kClusterVectors : kLaterClusterVectors) - (kPersistent ? kLoopVectors : 0);
 }

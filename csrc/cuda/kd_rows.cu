@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "kernel.h"
+#include "logit_match.h"
 #include "registers.h"
 #include "reread.h"
 #include "topk_row.h"
@@ -18,10 +19,18 @@ struct Shared {
   RowShared row;
 };
 
-// Apart from the kernel's body: its code and its registers would be in the way of the usual row.
+// Apart from the kernel's body, and from each other: their code and their registers would be in the
+// way of more usual rows.
+template <class Exchange>
+__device__ FASTKD_NOINLINE void match_logits(const KdRows& call, Exchange exchange,
+                                             RowShared& shared) {
+  Row<Exchange> row(call, exchange, shared);
+  LogitMatch<Exchange>(row).run();
+}
 template <class Exchange, Mode kMode>
 __device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
+  if (row.matches_logits()) return match_logits(call, exchange, shared);
   Reread<Exchange, kMode>(row).run();
 }
 
@@ -64,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     auto& shared = shared_memory<Shared<Exchange>>();
     each_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
       bool done = false;
-      if (row.longest() <= warps() * Exchange::kVectors) {
+      if (row.longest() <= warps() * Exchange::kVectors && !row.matches_logits()) {
         done = Registers<Exchange, kMode>(row).run();
       } else {
         exchange.ready();

@@ -131,16 +131,18 @@ class Registers : Slice<Exchange, true> {
   // By the warp that has it, where the label has a term of its own; but a NaN stays.
   __device__ __forceinline__ void leave_out_label() {
     if (!row_.decoupled()) return;
+    const int of_label = row_.label() / kStep;
     each([&](int i) {
-      const int index = row_.left_out(step(i));
-      if (index < 0) return;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (j != index) continue;
-        if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
-        if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
-      }
+      if (step(i) == of_label) leave_out(i, row_.left_out(of_label));
     });
+  }
+  __device__ __forceinline__ void leave_out(int i, int index) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (j != index) continue;
+      if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
+      if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
+    }
   }
   __device__ void set_target(const Sums& sums) {
     const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;

@@ -1,28 +1,21 @@
 // The core of every row: slices of any length, read again for each step, and exact for infinities
 // and for sums that cancel. It serves the rows that registers.h passes over.
 #pragma once
-#include "row.h"
+#include "reread_slice.h"
 
 namespace fastkd::cuda {
 
 template <class Exchange, Mode kMode>
-class Reread {
+class Reread : RereadSlice<Exchange> {
  public:
   __device__ explicit Reread(Row<Exchange>& row)
-      : row_(row),
+      : RereadSlice<Exchange>(row),
         student_inverse_(row.student_inverse()),
         teacher_inverse_(row.teacher_inverse()),
         beta_(static_cast<float>(row.call.beta)) {}
 
   __device__ void run() {
-    if (row_.pruned()) {
-      threshold_ = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                               row_.call.keep, none(), [&](const auto& fn) {
-                                 each_step([&](int, const float*, const float* teacher) {
-                                   for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);
-                                 });
-                               });
-    }
+    this->prune();
     find_maxima();
     Divergence soft{0, 0, 0, true};
     Sums sums = sum(soft);
@@ -79,46 +72,14 @@ class Reread {
 
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
+  using Base = RereadSlice<Exchange>;
+  using Base::each_step, Base::exponential, Base::hard_frame_, Base::row_, Base::take_part;
 
   __device__ bool shares() const { return row_.power() == 1; }
   __device__ bool own_hard() const { return row_.has_hard() && !shares(); }
   __device__ float& other_frame() { return kReverse ? teacher_frame_ : student_frame_; }
 
   __device__ static bool is_nan(float x) { return x != x; }
-  __device__ float none() const { return row_.teacher_probs() ? 0.0f : -kInf; }
-
-  template <class Fn>
-  __device__ void each_step(const Fn& fn) {
-    for (int step = row_.begin() + warp(); step < row_.end(); step += warps()) {
-      float student[kPerLane], teacher[kPerLane];
-      const Packed packed_student = load_packed(row_.student(), step);
-      if (row_.has_soft()) unpack(row_.teacher().dtype, load_packed(row_.teacher(), step), teacher);
-      unpack(row_.student().dtype, packed_student, student);
-      fn(step, student, teacher);
-    }
-  }
-
-  // The logits of the classes that take part, of probabilities in units of ln 2; the others, pruned
-  // or the label set apart, are at -inf on both sides.
-  __device__ void take_part(int step, float* student, float* teacher) const {
-    if (row_.pruned()) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (teacher[j] >= threshold_) continue;
-        student[j] = -kInf;
-        teacher[j] = none();
-      }
-    }
-    if (row_.teacher_probs()) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) teacher[j] = log2_subnormal(teacher[j]);
-    }
-    const int index = row_.left_out(step);
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      if (j == index) student[j] = teacher[j] = -kInf;
-    }
-  }
 
   template <class Fn>
   __device__ void each_pruned(const Fn& fn) {
@@ -136,8 +97,7 @@ class Reread {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         hard_max = fmaxf(hard_max, student[j]);
-        // A NaN of a pruned class is lost with it: it has to show in the sums.
-        nan |= row_.pruned() && (student[j] != student[j] || !(teacher[j] >= none()));
+        nan |= this->loses_nan(student[j], teacher[j]);
       }
       if (!row_.has_soft()) return;
       take_part(step, student, teacher);
@@ -159,8 +119,6 @@ class Reread {
     hard_frame_ = frame(total.hard_frame, 1);
     __syncthreads();  // before the next sums come into the same place
   }
-
-  __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
 
   // The expectation is over a class that the other side excludes.
   __device__ static bool is_forbidden(float student, float teacher) {
@@ -187,23 +145,14 @@ class Reread {
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
     each_step([&](int step, float* student, float* teacher) {
-      if (own_hard()) {
-        float hard = 0;
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) hard += exponential(student[j] - hard_frame_);
-        sums.hard += hard;
-      }
+      if (own_hard()) sums.hard += this->sum_hard(student);
       if (!row_.has_soft()) return;
       take_part(step, student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const Pair p = pair(student[j], teacher[j]);
-        few.lead += p.lead;
-        few.other += p.other;
-        few.difference += p.difference;
-        few.excess += p.excess;
-        few.cross = fmaf(p.lead, p.x, few.cross);
+        add(few, p);
         few.forbidden += is_forbidden(student[j], teacher[j]) ? 1.0f : 0.0f;
       }
       sums.lead += few.lead;
@@ -213,13 +162,7 @@ class Reread {
       sums.cross += few.cross;
       sums.forbidden += few.forbidden;
     });
-    sums.lead = warp_sum(sums.lead);
-    sums.other = warp_sum(sums.other);
-    sums.difference = warp_sum(sums.difference);
-    sums.excess = warp_sum(sums.excess);
-    sums.cross = warp_sum(sums.cross);
-    sums.forbidden = warp_sum(sums.forbidden);
-    sums.hard = warp_sum(sums.hard);
+    sum_over_warp(sums);
     sums.label = row_.student_label();
     sums.label_teacher = row_.teacher_label();
     const Sums total = row_.total(sums, [&](Sums& sums) {
@@ -280,12 +223,7 @@ class Reread {
                               alike ? -per_p_ * soft.ratio / (1 + soft.ratio) : per_q_ - per_p_);
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
-      if (own_hard() && row_.hard_weight() != 0) {
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          gradient[j] = exponential(student[j] - hard_frame_) * hard;
-        }
-      }
+      if (own_hard() && row_.hard_weight() != 0) this->add_hard(student, hard, gradient);
       if (weight != 0 || of_q != 0) {
         take_part(step, student, teacher);
 #pragma unroll
@@ -312,12 +250,9 @@ class Reread {
     });
   }
 
-  Row<Exchange>& row_;
   const float student_inverse_, teacher_inverse_, beta_;
-  float student_frame_ = 0, teacher_frame_ = 0,
-        hard_frame_ = 0;  // in units of the logits times 1/T
-  float threshold_ = -kInf;
-  float poison_ = 0;  // NaN where a logit is, with pruning
+  float student_frame_ = 0, teacher_frame_ = 0;  // in units of the logits times 1/T, as hard_frame_
+  float poison_ = 0;                             // NaN where a logit is, with pruning
   float per_p_ = 0, per_q_ = 0;
 };
 

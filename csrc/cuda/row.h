@@ -1,5 +1,5 @@
-// What both cores of a row share (registers.h, reread.h): its arguments, its slice, the sums over
-// all its CTAs, and what is written of it besides the gradient proper.
+// What the cores of a row share (registers.h, reread.h, logit_match.h): its arguments, its slice,
+// the sums over all its CTAs, and what is written of it besides the gradient proper.
 #pragma once
 #include "decoupled.h"
 #include "select.h"
@@ -20,6 +20,7 @@ struct RowArguments {
   bool has_soft, has_hard;
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
+  bool matches_logits;  // T is infinite: the soft term is that of logit_match.h
   // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
   // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
   int power;
@@ -65,6 +66,7 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.has_hard = call.hard_weight != nullptr;
   a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && call.keep < call.vocab_size;
+  a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse == 0;
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
     const bool same = a.has_hard && a.has_soft && !a.pruned && !a.decoupled &&
@@ -126,6 +128,7 @@ class Row {
   __device__ bool has_hard() const { return fresh(a.has_hard); }
   __device__ bool decoupled() const { return fresh(a.decoupled); }
   __device__ bool pruned() const { return fresh(a.pruned); }
+  __device__ bool matches_logits() const { return fresh(a.matches_logits); }
   __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
   __device__ View teacher() const { return View::again(a.teacher); }
@@ -182,7 +185,7 @@ class Row {
   __device__ void fetch() {
     Ahead& ahead = shared.ahead;
     const RowArguments& next = ahead.arguments;
-    if (next.is_skipped() || next.label < 0) return;
+    if (next.is_skipped() || next.label < 0 || next.matches_logits) return;
     const auto each = [&](const auto& fn) {
       for (int which = 0; which < 2; ++which) {
         const View& view = which == 0 ? next.student : next.teacher;

@@ -137,6 +137,24 @@ __device__ __forceinline__ Pair pair_of(float lead, float other, float x) {
   return p;
 }
 
+__device__ __forceinline__ void add(Sums& sums, const Pair& p) {
+  sums.lead += p.lead;
+  sums.other += p.other;
+  sums.difference += p.difference;
+  sums.excess += p.excess;
+  sums.cross = fmaf(p.lead, p.x, sums.cross);
+}
+// What pairs are added to, over the warp.
+__device__ __forceinline__ void sum_over_warp(Sums& sums) {
+  sums.lead = warp_sum(sums.lead);
+  sums.other = warp_sum(sums.other);
+  sums.difference = warp_sum(sums.difference);
+  sums.excess = warp_sum(sums.excess);
+  sums.cross = warp_sum(sums.cross);
+  sums.forbidden = warp_sum(sums.forbidden);
+  sums.hard = warp_sum(sums.hard);
+}
+
 struct Divergence {
   float value;      // unweighted; not of a mixture
   float ratio;      // Z_other / Z_lead - 1

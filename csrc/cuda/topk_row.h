@@ -262,20 +262,7 @@ class TopkRow : Slice<Exchange, false> {
       sums.forbidden += logit == -kInf && log_prob > -kInf ? 1.0f : 0.0f;
       if (bucket_ && row_.has_hard()) sums.hard += exp2_approx(fmaf(logit, kLog2E, -frame));
     });
-    sums.lead = warp_sum(sums.lead);
-    sums.other = warp_sum(sums.other);
-    sums.difference = warp_sum(sums.difference);
-    sums.excess = warp_sum(sums.excess);
-    sums.cross = warp_sum(sums.cross);
-    sums.forbidden = warp_sum(sums.forbidden);
-    sums.hard = warp_sum(sums.hard);
-  }
-  __device__ static void add(Sums& sums, const Pair& p) {
-    sums.lead += p.lead;
-    sums.other += p.other;
-    sums.difference += p.difference;
-    sums.excess += p.excess;
-    sums.cross = fmaf(p.lead, p.x, sums.cross);
+    sum_over_warp(sums);
   }
 
   // By one thread: the divergence, what its gradient is made of, and the hard term's sum.

@@ -101,6 +101,7 @@ void mbarrier_wait(uint64_t* memory, unsigned parity) {
     yield();
   }
   current->mbarrier = nullptr;
+  yield();  // others that saw the same may be far ahead by now
 }
 void store_async(void* to, const void* from, size_t bytes, uint64_t* barrier) {
   Store store{to, {}, bytes, barrier, nullptr};

@@ -33,6 +33,7 @@ enum class Terms {
   kHardOnly,
   kDecoupled,
   kProbabilities,
+  kLimit,   // T = infinity, in every other row
   kSparse,  // for a beta of 0 with a bucket, of 1 restricted, else renormalised
   kEnd
 };
@@ -143,7 +144,9 @@ void run(const Case& c) {
   Matrix student(1, c.student, c.V, c.odd), teacher(2, c.teacher, c.V, c.odd);
   Matrix gradient(3, c.student, c.V, false);
   const float T = c.terms == Terms::kPower ? 3 : c.terms == Terms::kOwn ? 2.5f : 1;
-  const std::vector<float> ones(kN, 1), inverse(kN, 1 / T), weight{1, 1, 1, 0, 1, 2, 3};
+  const std::vector<float> ones(kN, 1), weight{1, 1, 1, 0, 1, 2, 3};
+  std::vector<float> inverse(kN, 1 / T);
+  for (int64_t r = 0; c.terms == Terms::kLimit && r < kN; r += 2) inverse[r] = 0;
   std::vector<int64_t> labels{3, 700, -1, 1499, 0, 256, 1300};
   for (auto& label : labels) label = std::min(label, c.V - 1);
   std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
@@ -236,5 +239,6 @@ int main(int count, char** arguments) {
   run({.beta = 1, .terms = Terms::kPruned, .keep = 400});
   run({.beta = 0.5, .terms = Terms::kPower});
   run({.terms = Terms::kDecoupled});
+  run({.terms = Terms::kLimit});
   run({.terms = Terms::kSparse});
 }
