@@ -22,7 +22,7 @@ FASTKD_LOOP Differences<T> differences(const T* __restrict student, const T* __r
     const bool there = !(v < threshold) && !(no_z && no_v);
     const bool finite = z < kInf<T> && v < kInf<T>;
     present[i] = there ? T(1) : T(0);
-    difference[i] = !there || no_z || no_v ? T(0) : finite ? z - v : kNaN<T>;
+    difference[i] = !there ? T(0) : !finite ? kNaN<T> : no_z || no_v ? T(0) : z - v;
     sums[lane] += difference[i];
     counts[lane] += present[i];
     opens[lane] += there && (no_z || no_v) ? T(1) : T(0);
