@@ -102,7 +102,6 @@ _BACKENDS = {  # in the order in which "auto" tries them
         float64=False,
         unfit=None if triton_backend.INTERPRETED else triton_backend.unfit,
         by_name=triton_backend.INTERPRETED,
-        methods=NOT_THE_LIMIT,
     ),
     "cpu": Backend(
         "", [] if _HAS_NATIVE else ["fastkd._C is not built in this source tree"], "cpu"

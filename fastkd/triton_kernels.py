@@ -4,11 +4,13 @@ A row is read once for the sums of its exponentials (`sums`) and, out of the L2 
 for the divergence and the gradient, which it writes. Rows for which the quick formulas do not do
 are read again by careful ones: with infinities, with logits far above those that the row begins
 with, or where student and teacher agree so well that KL as a difference of sums has no digits left.
+Rows at an infinite temperature are read as triton_limit.py says.
 """
 
 import triton
 import triton.language as tl
 
+from .triton_limit import limit_row
 from .triton_math import (
     LN2,
     LOG2E,
@@ -53,11 +55,11 @@ PER_ROW = (
 
 @triton.jit
 def row_terms(
-    s_row, t_row, g_row, low, high, keep, s_inverse, t_inverse, soft_weight, hard_weight,
+    s_row, t_row, g_row, low, high, threshold, s_inverse, t_inverse, soft_weight, hard_weight,
     target_weight, label, beta, rest, counter, shared, part, parts,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The terms, whether the gradient is written (where it is not, it is NaN), and whether it is
     for this program to write the terms: of a slice, columns [low, high), that falls to the last."""
@@ -69,11 +71,7 @@ def row_terms(
     if APART:
         label_teacher = to_float(tl.load(t_row + low + label))
     at_label = low + label
-    threshold = NINF
-    end = tl.minimum(high, BLOCK)
-    if PRUNE:
-        threshold = kth_largest(t_row, low, high, keep, VECTOR, BLOCK, LANE, SAMPLE)
-        end = high
+    end = high if PRUNE else tl.minimum(high, BLOCK)
     if PROBS:  # their logarithms are to base 2
         t_inverse *= LN2
     s_scale = s_inverse * LOG2E
@@ -253,6 +251,7 @@ def kd_rows_kernel(
 ):  # fmt: skip
     """Rows r, r + number of programs, ...; or, of N * parts programs, the slices of `columns`
     columns, a multiple of BLOCK, that the rows are split into."""
+    HAS_LIMIT: tl.constexpr = DIVERGENCE != NONE and not APART
     row = tl.program_id(0)
     part = 0
     if PARTS > 1:
@@ -276,21 +275,28 @@ def kd_rows_kernel(
             begin = tl.multiple_of(part * columns, BLOCK)
             first = tl.maximum(low - begin, 0)
             end = tl.minimum(high - begin, columns)
+        computed = valid & ~skipped
+        s_inverse = tl.load(student_inverse + row)
+        at_limit = computed & (s_inverse == 0) & HAS_LIMIT
+        threshold = NINF
+        if PRUNE:
+            if computed:
+                threshold = kth_largest(t_row, low, high, keep, VECTOR, BLOCK, LANE, SAMPLE)
         # Of a row that is skipped, or whose label is no class.
         value = tl.where(skipped, 0.0, float("nan"))
         s_term = value if DIVERGENCE != NONE else s_weight
         h_term = value if HARD else h_weight
         t_term = value
-        lost = True
-        last = part == 0
-        if valid & ~skipped:
+        lost = ~at_limit
+        last = (part == 0) & ~at_limit
+        if computed & ~at_limit:
             s_term, h_term, t_term, lost, last = row_terms(
-                s_row + begin, t_row + begin, g_row + begin, first, end, keep,
-                tl.load(student_inverse + row), tl.load(teacher_inverse + row),
+                s_row + begin, t_row + begin, g_row + begin, first, end, threshold,
+                s_inverse, tl.load(teacher_inverse + row),
                 s_weight, h_weight, t_weight, label + (low - begin - first), beta, rest,
                 counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
                 DIVERGENCE, PRUNE, PROBS, APART, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
-                SAMPLE, PARTS,
+                PARTS,
             )  # fmt: skip
         if GRADIENT:
             if lost:
@@ -305,6 +311,15 @@ def kd_rows_kernel(
             tl.store(hard + row, h_term)
             if APART:
                 tl.store(target + row, t_term)
+        if HAS_LIMIT:
+            if at_limit & (part == 0):
+                s_term, h_term = limit_row(
+                    s_row, t_row, g_row, low, high, threshold, label, s_weight, h_weight,
+                    beta * rest if DIVERGENCE == MIXTURE else 1.0,
+                    PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
+                )  # fmt: skip
+                tl.store(soft + row, s_term)
+                tl.store(hard + row, h_term)
         row += N if PARTS > 1 else tl.num_programs(0)
 
 

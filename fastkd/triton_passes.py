@@ -205,6 +205,13 @@ def sums(
 
 
 @triton.jit
+def hard_slope(s, start, at_label, h_max, h_log, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    """Of the hard term, with respect to a tile of s."""
+    q = tl.exp2((s - h_max) * LOG2E - h_log)
+    return tl.where(positions(start, BLOCK, LANE) == at_label, q - 1.0, q)
+
+
+@triton.jit
 def second_of(
     s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
     s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
@@ -289,9 +296,7 @@ def second_of(
             gradient = tl.where(label, target_factor, gradient)
         if HARD:
             # The label in the same sum: there the two terms nearly cancel, before any rounding.
-            hard = tl.exp2((s - h_max) * LOG2E - h_log)
-            hard = tl.where(positions(start, BLOCK, LANE) == at_label, hard - 1.0, hard)
-            hard = hard_factor * hard
+            hard = hard_factor * hard_slope(s, start, at_label, h_max, h_log, BLOCK, LANE)
             if DIVERGENCE == NONE:
                 gradient = hard
             else:

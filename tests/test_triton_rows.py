@@ -4,7 +4,7 @@ bits, the selection by itself. On a GPU, or with TRITON_INTERPRET=1 in Triton's 
 
 import pytest
 import torch
-from conftest import BACKENDS, INF, NAN, check, normal, pair, some_labels
+from conftest import BACKENDS, INF, NAN, check, normal, pair, run, some_labels
 
 import fastkd
 
@@ -48,17 +48,27 @@ def test_alignments(dtypes, places):
         check(TRITON, s, t, labels, alpha=0.5, inplace=inplace)
     check(TRITON, s, t, top_k=77, beta=1.0, inplace=True)
     check(TRITON, s, t, vocab_size=1000, beta=0.3)
+    for options in ({"inplace": True}, {"top_k": 77, "beta": 0.3, "vocab_size": 1900}):
+        at_limit, expected = (
+            run(name, s, t, labels, alpha=0.5, temperature=INF, **options)
+            for name in (TRITON, "reference")
+        )
+        torch.testing.assert_close(at_limit.loss, expected.loss, rtol=1e-6, atol=0)
+        # A few roundings, and the spacing of float16's subnormal numbers: it is about places.
+        rtol = 4 * torch.finfo(dtypes[0]).eps
+        torch.testing.assert_close(at_limit.gradient, expected.gradient, rtol=rtol, atol=2**-23)
 
 
-def test_nothing_is_written_beside_the_rows():
+@pytest.mark.parametrize("inverse", [1.0, 0.0])
+def test_nothing_is_written_beside_the_rows(inverse):
     """The gaps between rows, and what stands before the first and after the last."""
     for dtype in (torch.float32, torch.bfloat16):
         s, t = pair(3, V, dtype=dtype)
         base = torch.full((3, V + 13), 77.0, dtype=dtype, device=TRITON.device)
         base[:, 5 : 5 + V] = s
         vector = torch.ones(3, device=TRITON.device)
-        t, rows = t.to(TRITON.device), base[:, 5 : 5 + V]
-        torch.ops.fastkd.kd_rows_triton(rows, t, None, vector, vector, vector, None, rows, V, V, 0)
+        t, rows, T = t.to(TRITON.device), base[:, 5 : 5 + V], inverse * vector
+        torch.ops.fastkd.kd_rows_triton(rows, t, None, T, T, vector, None, rows, V, V, 0)
         torch.ops.fastkd.scale_rows_triton_(rows, 2 * vector)
         assert (base[:, :5] == 77).all() and (base[:, 5 + V :] == 77).all()
         assert (rows != s.to(TRITON.device)).any(-1).all()

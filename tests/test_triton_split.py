@@ -23,6 +23,7 @@ CALLS = {
     "reverse": {"beta": 1.0, "inplace": True},
     "mixture, hard": {"beta": 0.3, "alpha": 0.5},
     "hard": {"alpha": 0.0, "inplace": True},
+    "limit, hard": {"temperature": INF, "alpha": 0.5, "inplace": True},
 }
 
 
