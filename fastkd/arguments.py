@@ -244,20 +244,19 @@ def check_temperature(
     return flat
 
 
-def check_limit(temperature: float | Tensor, teacher_temperature: float | Tensor | None) -> bool:
-    """Whether T is infinite, which it has to be on both sides: else there is no limit of T^2 D."""
+def check_limit(temperature: float | Tensor, teacher_temperature: float | Tensor | None) -> None:
+    """T has to be infinite on both sides or on none: else there is no limit of T^2 D."""
 
     def infinite(value: float | Tensor) -> bool:
         return isinstance(value, float) and value == math.inf
 
     if teacher_temperature is None:
-        return infinite(temperature)
+        return
     if infinite(temperature) != infinite(teacher_temperature):
         raise ValueError(
             "temperature and teacher_temperature must both be infinite or both finite, got "
             f"{temperature} and {teacher_temperature}"
         )
-    return infinite(temperature)
 
 
 def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> int:

@@ -73,16 +73,6 @@ if _HAS_NATIVE:
     import_module("fastkd._C")  # registers the CPU kernels
 
 
-METHODS = {  # and what a message calls them
-    "decoupled": "the decoupled loss",
-    "probabilities": "losses from a teacher's probabilities",
-    "sparse": "losses from a sparse teacher",
-    "limit": "the loss at an infinite temperature",
-}
-NO_METHODS: frozenset[str] = frozenset()
-NOT_THE_LIMIT = frozenset(METHODS) - {"limit"}
-
-
 class Backend(NamedTuple):
     suffix: str  # of its ops
     missing: list[str]  # why it cannot run in this process, whatever the tensors
@@ -90,7 +80,6 @@ class Backend(NamedTuple):
     float64: bool = True  # whether it takes float64 logits
     unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
     by_name: bool = False  # "auto" passes it over
-    methods: frozenset[str] = frozenset(METHODS)  # that it has besides kd_loss between logits
 
 
 _BACKENDS = {  # in the order in which "auto" tries them
@@ -148,18 +137,13 @@ class Ops(NamedTuple):
     topk_rows: Any
 
 
-def _backend_ops(
-    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str]
-) -> Ops:
+def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     double = dtype == torch.float64
     if name == "auto":
         name = next(
             name
             for name, backend in _BACKENDS.items()
-            if not backend.by_name
-            and (backend.float64 or not double)
-            and methods <= backend.methods
-            and _can_run(backend, device)
+            if not backend.by_name and (backend.float64 or not double) and _can_run(backend, device)
         )
     if name not in _BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
@@ -178,35 +162,28 @@ def _backend_ops(
             f"backend {name!r} takes float32, bfloat16 and float16 logits, got float64: "
             'pass backend="auto"'
         )
-    if lacking := [what for method, what in METHODS.items() if method in methods - backend.methods]:
-        raise ValueError(
-            f'backend {name!r} does not compute {" and ".join(lacking)} yet: pass backend="auto"'
-        )
     x = backend.suffix
     names = (f"kd_rows{x}", f"scale_rows{x}_", f"topk_rows{x}")
     return Ops(*(getattr(torch.ops.fastkd, name).default for name in names))
 
 
 # The choice takes as long as the kernel.
-_CHOSEN: dict[tuple[str, torch.device, torch.dtype, frozenset[str]], Ops] = {}
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype], Ops] = {}
 
 
-def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, methods: frozenset[str] = NO_METHODS
-) -> Ops:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     """The ops of the first backend that can run, or of the one asked for.
 
-    `dtype` is that of the arithmetic, spec.compute_dtype. `methods`: those of METHODS
-    that are needed.
+    `dtype` is that of the arithmetic, spec.compute_dtype.
 
     Raises:
         TypeError: a backend that does not take the dtype.
-        ValueError: no such backend, or one without what is needed.
+        ValueError: no such backend.
         RuntimeError: the backend asked for cannot run; the message holds every reason.
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str, got {type(name).__name__}")
-    key = (name, device, dtype, methods)
+    key = (name, device, dtype)
     ops = _CHOSEN.get(key)
     if ops is None:
         ops = _CHOSEN[key] = _backend_ops(*key)

@@ -85,14 +85,6 @@ def _row_scales(
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
 
 
-def _methods(decoupled: bool, probs: bool, sparse: bool, limit: bool) -> frozenset[str]:
-    """Those of ops.METHODS that a call needs of its backend."""
-    if not (decoupled or probs or sparse or limit):
-        return ops.NO_METHODS
-    needed = {"decoupled": decoupled, "probabilities": probs, "sparse": sparse, "limit": limit}
-    return frozenset(method for method, needs in needed.items() if needs)
-
-
 NOT_COMPUTED = Term()
 
 
@@ -149,7 +141,7 @@ def request(
         teacher_temperature = check_temperature(
             "teacher_temperature", teacher_temperature, student_logits, has_limit
         )
-    limit = check_limit(temperature, teacher_temperature)
+    check_limit(temperature, teacher_temperature)
     if token_weights is not None:
         token_weights = check_rows("token_weights", token_weights, student_logits)
     if inplace:
@@ -164,8 +156,7 @@ def request(
     soft_scale, hard_scale = _row_scales(
         N, student_inverse, squared, counting, token_weights, num_items, reduction
     )
-    decoupled, probs = target is not None, teacher_kind == "probs"
-    wants_soft = soft > 0 or return_terms or decoupled
+    wants_soft = soft > 0 or return_terms or target is not None
     wants_hard = labels is not None and (hard > 0 or return_terms)
     return Request(  # by position, in half the time
         teacher,
@@ -180,9 +171,7 @@ def request(
         float(beta),
         reduction == "none",
         return_terms,
-        probs,
+        teacher_kind == "probs",
         inplace,
-        ops.choose_backend(
-            backend, student_logits.device, dtype, _methods(decoupled, probs, sparse, limit)
-        ),
+        ops.choose_backend(backend, student_logits.device, dtype),
     )

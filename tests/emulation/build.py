@@ -94,8 +94,7 @@ def backends() -> list[str]:
         name = f"emulated{suffix}"
         if name not in ops._BACKENDS:
             ops._define(suffix)
-            methods = ops._BACKENDS["cuda"].methods
-            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False, methods=methods)
+            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False)
         names.append(name)
     _load_ops()
     return names
