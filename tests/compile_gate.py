@@ -279,8 +279,6 @@ def empty(code: list[Instruction]) -> bool:
 
 def figures(binary: Binary) -> dict[str, Figures]:
     """Per variant; without nvdisasm only what ptxas says."""
-    import compile_ratios  # which is made of what is above
-
     code = instructions(binary.code)
     found = {}
     for mangled, resource in resources(binary.report).items():
@@ -298,11 +296,8 @@ def figures(binary: Binary) -> dict[str, Figures]:
             found[name]["instructions"] = len(kernel)
         if kernel and name.startswith("kd_rows"):
             found[name] |= core(name, binary.target, kernel)
-            if name.endswith("forward"):
-                found[name] |= compile_ratios.dense(name, binary.target, kernel)
         elif kernel and name.startswith("topk_rows"):
             found[name] |= topk_core(name, binary.target, kernel)
-            found[name] |= compile_ratios.restricted(name, binary.target, kernel)
         elif kernel:
             every = Part(kernel)
             found[name] |= {
@@ -338,7 +333,8 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
         if of.get(what, least) < least:
             yield f"{name}: {what} is {of[what]}, not {least} or more"
     at_most = {
-        "exponentials_per_pair": 2.3,
+        # Those of the row as such weigh more where a loop over rows leaves one vector a thread.
+        "exponentials_per_pair": 2.5 if "persistent" in name else 2.3,
         "exponentials_per_column_of_the_sums": 1,
         "exponentials_per_column_of_the_gradient": 2,
         # Less than 15 % of the 37 that a pair's sums have.
