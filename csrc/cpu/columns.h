@@ -3,10 +3,9 @@
 // the student's in KL(q || p)), `other` the second one.
 #pragma once
 #include "math.h"
+#include "stream.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
-
-constexpr int64_t kChunk = 1024;  // columns: 16 KiB of float logits and exponentials, half an L1
 
 // What a chunk's exponentials are relative to. Any value within 2^40 of the maximum serves.
 template <class T>
@@ -47,64 +46,6 @@ enum class Keep {
   kMixture,  // a = e_lead, b = e_other - e_lead
   kReverse,  // a = e_lead, b = e_lead x
 };
-
-// Where the logits lie that are needed later, as they are stored: touched early, for the hardware's
-// own prefetch ends with every page, which is every chunk.
-struct Ahead {
-  uintptr_t lead = 0, other = 0;            // of the first column that is to be touched
-  int64_t lead_bytes = 0, other_bytes = 0;  // per column
-
-  FASTKD_INLINE void touch(int64_t column) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(lead + column * lead_bytes), 0, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(other + column * other_bytes), 0, 2);
-  }
-};
-// Columns. Where a chunk is converted before it is computed, all of it is read at once: it has to
-// be touched while the last but one is computed.
-constexpr int64_t kAhead = 2 * kChunk;
-// Where those columns lie while the chunk from `begin` on is computed: past the end of a row, at
-// the beginning of the row `after` it.
-inline uintptr_t address_ahead(const Rows& rows, int64_t row, int64_t after, int64_t columns,
-                               int64_t begin) {
-  const int64_t end = (columns + kChunk - 1) / kChunk * kChunk, ahead = begin + kAhead;
-  return ahead < end ? rows.address(row, ahead) : rows.address(after, (ahead - end) % end);
-}
-
-// The loops below keep a sum for every lane of a cache line of columns, whatever the width of the
-// vectors: so their rounding errors stay small, and nearly the same for every instruction set.
-template <class T>
-constexpr int kLanes = 64 / sizeof(T);
-
-// Calls line(i) before each whole line of columns, and column(i, lane) for every one of n.
-template <int kLanes, class Line, class Column>
-FASTKD_INLINE void each_column(int64_t n, const Line& line, const Column& column) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    line(i);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) column(i + lane, lane);
-  }
-  for (int lane = 0; i < n; ++i, ++lane) column(i, lane);
-}
-template <int kLanes, class Column>
-FASTKD_INLINE void each_column(int64_t n, const Column& column) {
-  each_column<kLanes>(n, [](int64_t) {}, column);
-}
-
-template <int kLanes, class T>
-FASTKD_INLINE T sum_of(const T (&lanes)[kLanes]) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  return sum;
-}
-template <int kLanes, class T>
-FASTKD_INLINE T max_of(const T (&lanes)[kLanes]) {
-  T max = lanes[0];
-#pragma omp simd reduction(max : max)
-  for (int lane = 0; lane < kLanes; ++lane) max = max < lanes[lane] ? lanes[lane] : max;
-  return max;
-}
 
 // One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
 // they do not, a sum comes out infinite or NaN and the caller comes again by
@@ -308,33 +249,6 @@ FASTKD_LOOP bool has_nan(const T* values, int64_t n) {
 #pragma omp simd reduction(+ : nans)
   for (int64_t i = 0; i < n; ++i) nans += values[i] != values[i] ? T(1) : T(0);
   return nans != 0;
-}
-
-// NaN anywhere in a row as it is stored, and what lies ahead of it touched.
-template <class Stored>
-FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n, Ahead ahead) {
-  constexpr int64_t kBlock = 64 / sizeof(Stored);  // a cache line
-  int64_t i = 0;
-  int32_t nans = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    ahead.touch(i);
-    int32_t block = 0;
-#pragma omp simd reduction(+ : block)
-    for (int64_t j = 0; j < kBlock; ++j) block += is_nan(values[i + j]);
-    nans |= block;
-  }
-  for (; i < n; ++i) nans |= is_nan(values[i]);
-  return nans != 0;
-}
-
-// The same of the first n columns of a row.
-inline bool row_has_nan(const Rows& rows, int64_t row, int64_t n, Ahead ahead) {
-  bool found = false;
-  dispatch(rows.dtype, [&](auto* stored) {
-    using Stored = std::remove_pointer_t<decltype(stored)>;
-    found = has_nan_stored(static_cast<const Stored*>(rows.data) + rows.offset(row), n, ahead);
-  });
-  return found;
 }
 
 // The mixture's two divergences, from a = e_teacher and b = e_student - e_teacher. With y = (q - p)

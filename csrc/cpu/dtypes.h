@@ -101,38 +101,4 @@ FASTKD_INLINE void dispatch(DType dtype, const Fn& fn) {
   }
 }
 
-// n logits of a row from column `begin` on, in the dtype T of the arithmetic: in place where they
-// are stored so, else converted into `scratch`.
-template <class T>
-const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
-                      T* __restrict scratch) {
-  const T* columns = scratch;
-  dispatch(rows.dtype, [&](auto* stored) {
-    using Stored = std::remove_pointer_t<decltype(stored)>;
-    const Stored* __restrict source =
-        static_cast<const Stored*>(rows.data) + rows.offset(row) + begin;
-    if constexpr (std::is_same_v<Stored, T>) {
-      columns = source;
-    } else if constexpr (sizeof(Stored) <= sizeof(T)) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<T>(load(source[i]));
-    }
-  });
-  return columns;
-}
-
-// The logits of some columns of a row, into `gathered`, which is returned.
-template <class T>
-const T* gather_columns(const Rows& rows, int64_t row, const int32_t* columns, int64_t n,
-                        T* __restrict gathered) {
-  dispatch(rows.dtype, [&](auto* stored) {
-    using Stored = std::remove_pointer_t<decltype(stored)>;
-    if constexpr (sizeof(Stored) <= sizeof(T)) {
-      const Stored* source = static_cast<const Stored*>(rows.data) + rows.offset(row);
-      for (int64_t i = 0; i < n; ++i) gathered[i] = static_cast<T>(load(source[columns[i]]));
-    }
-  });
-  return gathered;
-}
-
 }  // namespace fastkd::cpu::FASTKD_ISA

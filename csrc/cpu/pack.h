@@ -10,15 +10,18 @@ namespace fastkd::cpu::FASTKD_ISA {
 
 struct Lanes {
   static constexpr int64_t kCount = 16;
+  using Mask = __mmask16;
   __m512 x;
 
   static Lanes load(const float* values) { return {_mm512_loadu_ps(values)}; }
   static Lanes all(float value) { return {_mm512_set1_ps(value)}; }
-  uint32_t above(Lanes y) const { return _mm512_cmp_ps_mask(x, y.x, _CMP_GT_OQ); }
-  uint32_t nan() const { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+  Mask above(Lanes y) const { return _mm512_cmp_ps_mask(x, y.x, _CMP_GT_OQ); }
+  Mask up_to(Lanes y, Mask of) const { return _mm512_mask_cmp_ps_mask(of, x, y.x, _CMP_LE_OQ); }
+  Lanes plus_zero_times(Lanes y) const { return {_mm512_fmadd_ps(y.x, _mm512_setzero_ps(), x)}; }
+  bool nan() const { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
   // Packed in a register and stored whole: a packing store is slow on some processors.
-  void store_packed(uint32_t mask, float* out) const {
-    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x));
+  void store_packed(Mask mask, float* out) const {
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, x));
   }
 };
 
@@ -41,19 +44,22 @@ inline constexpr Selections kSelections;
 
 struct Lanes {
   static constexpr int64_t kCount = 8;
+  using Mask = uint32_t;
   __m256 x;
 
   static Lanes load(const float* values) { return {_mm256_loadu_ps(values)}; }
   static Lanes all(float value) { return {_mm256_set1_ps(value)}; }
-  uint32_t above(Lanes y) const { return mask(_mm256_cmp_ps(x, y.x, _CMP_GT_OQ)); }
-  uint32_t nan() const { return mask(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
-  void store_packed(uint32_t mask, float* out) const {
+  Mask above(Lanes y) const { return mask(_mm256_cmp_ps(x, y.x, _CMP_GT_OQ)); }
+  Mask up_to(Lanes y, Mask of) const { return of & mask(_mm256_cmp_ps(x, y.x, _CMP_LE_OQ)); }
+  Lanes plus_zero_times(Lanes y) const { return {_mm256_fmadd_ps(y.x, _mm256_setzero_ps(), x)}; }
+  bool nan() const { return mask(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+  void store_packed(Mask mask, float* out) const {
     const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(kSelections.lanes[mask]));
     _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(bytes)));
   }
 
  private:
-  static uint32_t mask(__m256 lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(lanes)); }
+  static Mask mask(__m256 lanes) { return static_cast<Mask>(_mm256_movemask_ps(lanes)); }
 };
 
 #endif
@@ -73,16 +79,19 @@ FASTKD_LOOP Found collect(const T* values, int64_t n, T low, T high, T* __restri
 #if defined(FASTKD_PACK)
   if constexpr (std::is_same_v<T, float>) {
     const Lanes lows = Lanes::all(low), highs = Lanes::all(high);
-    uint32_t nans = 0;
+    int64_t over = 0;
+    Lanes odd = Lanes::all(0);  // NaN where a NaN or an infinity was met
     for (; begin + Lanes::kCount <= n; begin += Lanes::kCount) {
+      touch_ahead(values + begin);
       const Lanes x = Lanes::load(values + begin);
-      const uint32_t over = x.above(highs), inside = x.above(lows) & ~over;
-      nans |= x.nan();
+      const Lanes::Mask over_low = x.above(lows), inside = x.up_to(highs, over_low);
+      odd = odd.plus_zero_times(x);
       x.store_packed(inside, found + count);
-      above += __builtin_popcount(over);
       count += __builtin_popcount(inside);
+      over += __builtin_popcount(over_low);
     }
-    nan = nans != 0;
+    above = over - count;
+    if (odd.nan()) nan = has_nan(values, begin);
   }
 #endif
   constexpr int64_t kBlock = 128;

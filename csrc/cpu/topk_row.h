@@ -86,7 +86,7 @@ class TopkRow {
   // False: a NaN was met.
   bool read() {
     const bool sums = call_.soft_weight && !call_.restricted;
-    bool valid = call_.hard_weight || sums || !row_has_nan(call_.student, row_, vocab_, ahead(0));
+    bool valid = call_.hard_weight || sums || !row_has_nan(call_.student, row_, vocab_);
     int64_t next = 0;  // of the ids
     for (int64_t begin = 0; begin < vocab_ && (call_.hard_weight || sums); begin += kChunk) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
