@@ -227,21 +227,6 @@ FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, 
   }
 }
 
-// ln of each value. kNormal: true if all of them are normal numbers > 0, else the logarithms are
-// not to be used.
-template <bool kNormal, class Stored, class T>
-FASTKD_LOOP bool logarithms(const Stored* __restrict values, int64_t n, T* __restrict logs) {
-  uint32_t oddest = 0;
-#pragma omp simd reduction(max : oddest)
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = static_cast<T>(load(values[i]));
-    const uint32_t odd = kNormal ? oddity(value) : 0;
-    oddest = oddest < odd ? odd : oddest;
-    logs[i] = logarithm<kNormal>(value);
-  }
-  return oddest < kOdd;
-}
-
 // NaN anywhere in a chunk.
 template <class T>
 FASTKD_LOOP bool has_nan(const T* values, int64_t n) {

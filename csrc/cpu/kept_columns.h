@@ -1,6 +1,7 @@
 // Which columns of a row the soft term reads, and reading them: all, those above a threshold, or a
 // few gathered; without the label where it has a term of its own.
 #pragma once
+#include "logarithm.h"
 #include "select.h"
 #include "workspace.h"
 
@@ -139,7 +140,7 @@ class KeptColumns {
       if constexpr (sizeof(Stored) <= sizeof(T)) {
         const Stored* probs =
             static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
-        if (!logarithms<true>(probs, n, scratch)) logarithms<false>(probs, n, scratch);
+        logarithms(probs, n, scratch);
       }
     });
     return scratch;

@@ -107,32 +107,6 @@ FASTKD_INLINE float log_remainder(float f) {
 }
 constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
 
-// ln x; -inf for 0, NaN for what is negative, no number or infinite. kNormal: x is a normal number
-// > 0, half of the instructions.
-template <bool kNormal>
-FASTKD_INLINE float logarithm(float x) {
-  const bool small = !kNormal && x < 0x1p-126f;
-  const int32_t bits = static_cast<int32_t>(to_bits(small ? x * 0x1p23f : x));
-  const int32_t above = bits - kSqrtHalf, k = above >> 23;
-  const float f = from_bits(static_cast<uint32_t>(bits - (above & ~0x7fffff))) - 1.0f;
-  const float log =
-      f - f * f * log_remainder(f) + static_cast<float>(small ? k - 23 : k) * kLn2<float>;
-  if constexpr (kNormal) return log;
-  const float defined = x > 0 && x < kInf<float> ? log : kNaN<float>;
-  return x == 0 ? -kInf<float> : defined;
-}
-template <bool kNormal>
-FASTKD_INLINE double logarithm(double x) {
-  return x < kInf<double> ? std::log(x) : kNaN<double>;
-}
-
-// Below kOdd for normal numbers > 0 alone.
-constexpr uint32_t kOdd = 0x7f000000;
-FASTKD_INLINE uint32_t oddity(float x) { return to_bits(x) - 0x00800000u; }
-FASTKD_INLINE uint32_t oddity(double x) {
-  return x >= std::numeric_limits<double>::min() && x < kInf<double> ? 0 : kOdd;
-}
-
 struct LogTerms {
   float log;     // ln(1 + y)
   float excess;  // (1 + y) ln(1 + y) - y, >= 0, relative to its own size also where y is small
