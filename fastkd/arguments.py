@@ -77,9 +77,10 @@ def check_sparse_teacher(
         )
     check_constant("teacher_log_probs", log_probs)
     vocab = check_vocab_size(vocab_size, student.shape[-1], None)
-    if on_host(ids):
-        bad = (ids < -1) | (ids >= vocab)
-        if bad.any():
+    if on_host(ids) and ids.numel() > 0:
+        low, high = torch.aminmax(ids)
+        if low < -1 or high >= vocab:
+            bad = (ids < -1) | (ids >= vocab)
             raise ValueError(
                 f"teacher_ids must lie in [0, {vocab}), or be -1 where there is none, "
                 f"got {ids[bad][0].item()}"

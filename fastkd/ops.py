@@ -32,6 +32,11 @@ TOPK_ROWS = (
     "Tensor? hard_weight, Tensor(a!)? dstudent, int vocab_size, bool restricted) "
     "-> (Tensor soft, Tensor hard)"
 )
+# What topk_rows takes, of ids in any order; see spec.sparse_teacher.
+SPARSE_TEACHER = (
+    "(Tensor ids, Tensor log_probs, int vocab_size, bool bucket) "
+    "-> (Tensor ids, Tensor log_probs, Tensor log_rest)"
+)
 # dstudent *= scale, one value or one per row, read on the device; nothing is done where it is 1.
 SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
 
@@ -45,6 +50,13 @@ def _kd_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Te
 def _topk_rows_fake(student: Tensor, ids: Tensor, log_probs: Tensor, *_: Any) -> Any:
     N = student.shape[:-1].numel()
     return log_probs.new_empty(N), log_probs.new_empty(N)
+
+
+def _sparse_teacher_fake(
+    ids: Tensor, log_probs: Tensor, vocab_size: int, bucket: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_rest = log_probs.new_empty(len(ids) if bucket else 0)
+    return torch.empty_like(ids), torch.empty_like(log_probs), log_rest
 
 
 def _define(
@@ -67,6 +79,10 @@ def _define(
 _define("")
 _define("_reference", spec.kd_rows, spec.scale_rows_, spec.topk_rows)
 _define("_triton", triton_backend.kd_rows, triton_backend.scale_rows_, triton_backend.topk_rows)
+
+# On the host. Elsewhere its definition will do: a few small kernels beside a large one.
+torch.library.define("fastkd::sparse_teacher", SPARSE_TEACHER, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("fastkd::sparse_teacher", _sparse_teacher_fake)
 
 _HAS_NATIVE = find_spec("fastkd._C") is not None  # absent only in a source tree that is not built
 if _HAS_NATIVE:
@@ -135,6 +151,7 @@ class Ops(NamedTuple):
     kd_rows: Any
     scale_rows_: Any
     topk_rows: Any
+    sparse_teacher: Any
 
 
 def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
@@ -163,8 +180,13 @@ def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
             'pass backend="auto"'
         )
     x = backend.suffix
-    names = (f"kd_rows{x}", f"scale_rows{x}_", f"topk_rows{x}")
-    return Ops(*(getattr(torch.ops.fastkd, name).default for name in names))
+    kd_rows, scale_rows_, topk_rows = (
+        getattr(torch.ops.fastkd, op).default
+        for op in (f"kd_rows{x}", f"scale_rows{x}_", f"topk_rows{x}")
+    )
+    native = torch.ops.fastkd.sparse_teacher.default
+    sparse_teacher = native if name == "cpu" else spec.sparse_teacher
+    return Ops(kd_rows, scale_rows_, topk_rows, sparse_teacher)
 
 
 # The choice takes as long as the kernel.

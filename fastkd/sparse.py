@@ -10,10 +10,10 @@ from .arguments import (
     check_one_logits,
     check_sparse_teacher,
     check_vocab_size,
-    on_host,
 )
 from .autograd import SparseTeacher, kd_terms
 from .loss import KDLossOutput
+from .ops import choose_backend
 from .request import request
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
@@ -60,62 +60,6 @@ def topk_teacher(teacher_logits: Tensor, k: int, vocab_size: int | None = None) 
         lse = rows[some].to(dtype).logsumexp(-1, keepdim=True)
         log_probs[some] = values.to(dtype) - lse
     return TopKTeacher(ids.view(*leading, -1), log_probs.view(*leading, -1))
-
-
-def _merged(ids: Tensor, log_probs: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Ids in order, each once: the probabilities of equal ones are added up.
-
-    Without atomics, whose order is not defined: sums over ever longer parts of a run of equal ids.
-    """
-    step = 1
-    while step < ids.shape[-1]:
-        same = (ids[:, step:] == ids[:, :-step]) & (ids[:, step:] < vocab)
-        both = torch.logaddexp(log_probs[:, :-step], log_probs[:, step:])
-        added = torch.where(same, both, log_probs[:, :-step])
-        log_probs = torch.cat((added, log_probs[:, -step:]), -1)
-        step *= 2
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    return _in_order(ids.masked_fill(again, vocab), log_probs)
-
-
-def _in_order(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    ids, order = ids.sort(dim=-1)
-    return ids, log_probs.gather(-1, order)
-
-
-def _sparse_teacher(
-    ids: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype, outside: str
-) -> SparseTeacher:
-    """[..., k] as the kernels take it: ids in order, each once, absent ones last as `vocab`.
-
-    On a GPU without a look at the values. An id there that is no class makes its row NaN.
-    """
-    k = ids.shape[-1]
-    ids = ids.detach().reshape(-1, k).to(torch.int64)
-    log_probs = log_probs.detach().reshape(-1, k).to(dtype)
-    seen = on_host(ids)  # and found to be classes, or -1
-    if not seen or not ((ids[:, 1:] > ids[:, :-1]).all() and (ids[:, 0] >= 0).all()):
-        absent = ids == -1
-        if not seen:
-            outlying = (ids < -1) | (ids >= vocab)
-            log_probs = log_probs.masked_fill(outlying.any(-1, keepdim=True), torch.nan)
-            absent = absent | outlying
-        ids, log_probs = _in_order(ids.masked_fill(absent, vocab), log_probs)
-        if not seen or ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < vocab)).any():
-            ids, log_probs = _merged(ids, log_probs, vocab)
-
-    log_rest = None
-    if outside == "bucket":
-        # NaN where an id is no class, also where the kernel would pass all of them over.
-        named = log_probs.masked_fill((ids == vocab) & ~log_probs.isnan(), -torch.inf)
-        total = named.logsumexp(-1, keepdim=True)
-        log_probs = torch.where(total > 0, log_probs - total, log_probs)
-        log_rest = (-torch.expm1(total.clamp_max(0))).log().squeeze(-1)
-        if k >= vocab:  # perhaps all of them: then there is no bucket
-            everything = (ids < vocab).sum(-1) == vocab
-            log_rest = log_rest.masked_fill(everything, -torch.inf)
-    return SparseTeacher(ids, log_probs, log_rest, outside == "restrict")
 
 
 def topk_kd_loss(
@@ -170,7 +114,16 @@ def topk_kd_loss(
     vocab = check_sparse_teacher(student_logits, teacher_ids, teacher_log_probs, vocab_size)
     double = torch.float64 in (student_logits.dtype, teacher_log_probs.dtype)
     dtype = torch.float64 if double else torch.float32
-    teacher = _sparse_teacher(teacher_ids, teacher_log_probs, vocab, dtype, outside)
+    k = teacher_ids.shape[-1]
+    ids, log_probs, log_rest = choose_backend(backend, student_logits.device, dtype).sparse_teacher(
+        teacher_ids.detach().reshape(-1, k).to(torch.int64).contiguous(),
+        teacher_log_probs.detach().reshape(-1, k).to(dtype).contiguous(),
+        vocab,
+        outside == "bucket",
+    )
+    teacher = SparseTeacher(
+        ids, log_probs, log_rest if outside == "bucket" else None, outside == "restrict"
+    )
     loss, soft, hard, _ = kd_terms(
         student_logits,
         request(

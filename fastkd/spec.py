@@ -269,6 +269,44 @@ def _kd_rows(
     return soft, hard, target, gradient
 
 
+def sparse_teacher(
+    ids: Tensor,  # [N, k] int64, in any order; -1: none
+    log_probs: Tensor,  # [N, k], at T = 1
+    vocab_size: int,
+    bucket: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and log_probs as topk_rows takes them, and log_rest [N] ([0] without a bucket).
+
+    The probabilities of equal ids are added up, without atomics, whose order is not defined: sums
+    over ever longer parts of a run. Where all sum to more than 1 a bucket is empty and they are
+    scaled to 1. An id that is no class leaves only NaN of its row: nothing here is read back.
+    """
+    dtype = log_probs.dtype
+    spoiled = ((ids < -1) | (ids >= vocab_size)).any(-1, keepdim=True)
+    absent = (ids < 0) | (ids >= vocab_size)
+    ids, order = ids.masked_fill(absent, vocab_size).sort(dim=-1)
+    log_probs = log_probs.masked_fill(absent, -INF).gather(-1, order).double()
+    step = 1
+    while step < ids.shape[-1]:
+        same = (ids[:, step:] == ids[:, :-step]) & (ids[:, step:] < vocab_size)
+        both = torch.logaddexp(log_probs[:, :-step], log_probs[:, step:])
+        added = torch.where(same, both, log_probs[:, :-step])
+        log_probs = torch.cat((added, log_probs[:, -step:]), -1)
+        step *= 2
+    again = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
+    ids, order = ids.masked_fill(again, vocab_size).sort(dim=-1)
+    log_probs = log_probs.masked_fill(again, -INF).gather(-1, order)
+    log_probs = log_probs.masked_fill(spoiled, NAN)
+    log_rest = log_probs.new_empty(0)
+    if bucket:
+        total = log_probs.logsumexp(-1, keepdim=True)
+        log_probs = torch.where(total > 0, log_probs - total, log_probs)
+        log_rest = (-torch.expm1(total.clamp_max(0))).log().squeeze(-1)
+        everything = (ids < vocab_size).sum(-1) == vocab_size
+        log_rest = log_rest.masked_fill(everything & ~spoiled.squeeze(-1), -INF)
+    return ids, log_probs.to(dtype), log_rest.to(dtype)
+
+
 def topk_rows(
     student: Tensor,  # [A, B, V_student] or [N, V_student]
     ids: Tensor,  # [N, k] int64, ascending, each once; those >= vocab_size are not there

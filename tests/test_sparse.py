@@ -1,5 +1,7 @@
 """topk_kd_loss and topk_teacher: against the dense loss, the formulas and the definition."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from conftest import INF, NAN, assert_close, normal, pair, some_labels
 from torch import Tensor
 from torch.library import opcheck
 
-from fastkd import TopKKDLoss, arguments, kd_loss, sparse, topk_kd_loss, topk_teacher
+from fastkd import TopKKDLoss, arguments, kd_loss, spec, topk_kd_loss, topk_teacher
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
 Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
@@ -217,14 +219,81 @@ def test_rows_without_ids(backend):
 
 def test_ids_that_cannot_be_checked(backend, monkeypatch):
     """On a GPU they are not read back: their row becomes NaN, the others stay."""
-    for module in (arguments, sparse):
-        monkeypatch.setattr(module, "on_host", lambda tensor: False)
+    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
     z = normal(3, 30)
     ids = torch.tensor([[1, 30], [2, 3], [-2, 5]])
     for outside in OUTSIDE:
         loss, grad = gradient(topk_kd_loss, z, ids, torch.full((3, 2), -2.0), outside=outside,
                               reduction="none", backend=backend.name)  # fmt: skip
         assert loss[[0, 2]].isnan().all() and loss[1].isfinite() and grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function", [spec.sparse_teacher, torch.ops.fastkd.sparse_teacher], ids=["definition", "native"]
+)
+@pytest.mark.parametrize("k", [1, 2, 5, 40, 300])
+def test_classes_in_order(function, k):
+    """Against a dictionary: any order, twice or thrice the same, none, no class, -inf and NaN."""
+    generator = torch.Generator().manual_seed(k)
+    N, V = 60, 90
+    low, high = (-1, V) if k > 1 else (-2, V + 1)
+    ids = torch.randint(low, high, (N, k), generator=generator)
+    ids[::3] = ids[::3] % 7  # many of the same
+    log_probs = torch.randn(N, k, generator=generator, dtype=torch.float64) - math.log(k) - 1
+    log_probs[1::5] += 4  # more than 1 in all
+    log_probs[2::7, 0] = -INF
+    log_probs[3, k // 2] = NAN
+    ids[4], ids[5, 0], ids[6, -1] = -1, V, -2
+    ids[7], log_probs[7] = torch.arange(k) % V, math.log(1 / k)  # nothing left of 1
+    for dtype, eps in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        given = log_probs.to(dtype)
+        before = ids.clone(), given.clone()
+        ordered, ordered_log_probs, log_rest = function(ids, given, V, True)
+        assert ordered_log_probs.dtype == log_rest.dtype == dtype and log_rest.shape == (N,)
+        for row in range(N):
+            named: dict[int, float] = {}
+            for one, value in zip(
+                ids[row].tolist(), given[row].double().exp().tolist(), strict=True
+            ):
+                if one != -1:
+                    named[one] = named.get(one, 0.0) + value
+            total = sum(named.values())
+            if not named.keys() <= set(range(V)):
+                assert ordered_log_probs[row].isnan().all() and log_rest[row].isnan()
+                continue
+            assert ordered[row].tolist() == sorted(named) + [V] * (k - len(named))
+            expected = torch.tensor(
+                [named[one] for one in sorted(named)], dtype=torch.float64
+            ).log()
+            got = ordered_log_probs[row, : len(named)].double()
+            if total > 1:
+                expected -= math.log(total)
+            torch.testing.assert_close(got, expected, rtol=eps, atol=eps, equal_nan=True)
+            assert (ordered_log_probs[row, len(named) :] == -INF).all()
+            rest = max(0.0, 1 - total) if total == total else NAN
+            if abs(total - 1) < 1e-6 or len(named) == V:
+                assert log_rest[row] < math.log(1e-6)
+            else:
+                got = log_rest[row].double().exp()
+                expected = torch.full_like(got, rest)
+                torch.testing.assert_close(got, expected, rtol=eps, atol=eps, equal_nan=True)
+        classes, _, none = function(ordered.masked_fill(ordered == V, -1), given, V, False)
+        assert torch.equal(classes, ordered) and none.shape == (0,)
+        torch.testing.assert_close((ids, given), before, rtol=0, atol=0, equal_nan=True)
+    assert [x.shape for x in function(ids[:0], log_probs[:0], V, True)] == [(0, k), (0, k), (0,)]
+
+
+def test_the_native_classes_are_the_defined_ones():
+    for dtype in (torch.float32, torch.float64):
+        ids = torch.randint(-1, 50, (500, 33), generator=torch.Generator().manual_seed(0))
+        log_probs = normal(500, 33, dtype=dtype) - 3
+        for bucket in (False, True):
+            args = (ids, log_probs, 50, bucket)
+            actual, expected = torch.ops.fastkd.sparse_teacher(*args), spec.sparse_teacher(*args)
+            assert torch.equal(actual[0], expected[0])
+            eps = 1e-6 if dtype == torch.float32 else 1e-14
+            torch.testing.assert_close(actual[1:], expected[1:], rtol=eps, atol=eps)
+            opcheck(torch.ops.fastkd.sparse_teacher.default, args)
 
 
 def test_inplace_and_determinism(backend):

@@ -9,6 +9,7 @@
 #include "../module.h"
 #include "../tensors.h"
 #include "kernel.h"
+#include "sparse_teacher.h"
 
 namespace fastkd {
 namespace {
@@ -61,6 +62,40 @@ void scale_rows_cpu(const ScaleRows& call, const Tensor&) {
                 [&](std::atomic<int64_t>& next) { cpu::kernels().scale_rows(call, next); });
 }
 
+template <class T>
+void sparse_teacher_of(const Tensor& ids, const Tensor& log_probs, const Tensor& ordered,
+                       const Tensor& ordered_log_probs, const Tensor& log_rest, int64_t vocab_size,
+                       bool bucket) {
+  const cpu::SparseTeacher<T> call{static_cast<const int64_t*>(ids.data_ptr()),
+                                   static_cast<const T*>(log_probs.data_ptr()),
+                                   static_cast<int64_t*>(ordered.data_ptr()),
+                                   static_cast<T*>(ordered_log_probs.data_ptr()),
+                                   bucket ? static_cast<T*>(log_rest.data_ptr()) : nullptr,
+                                   ids.size(0),
+                                   ids.size(1),
+                                   vocab_size};
+  constexpr int64_t kPairsPerClass = 32;  // some 20 ns
+  parallel_rows(call.N, call.k * kPairsPerClass,
+                [&](std::atomic<int64_t>& next) { cpu::order_rows(call, next); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_teacher_cpu(const Tensor& ids, const Tensor& log_probs,
+                                                      int64_t vocab_size, bool bucket) {
+  const DType compute = dtype(log_probs);
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == ScalarType::Long && ids.is_contiguous() &&
+                      log_probs.numel() == ids.numel() && log_probs.is_contiguous() &&
+                      (compute == DType::kFloat || compute == DType::kDouble),
+                  "fastkd: ids and log_probs must be contiguous [N, k], int64 and float or double");
+  STD_TORCH_CHECK(vocab_size >= 1, "fastkd: vocab_size out of range");
+  Tensor ordered = torch::stable::empty_like(ids);
+  Tensor ordered_log_probs = torch::stable::empty_like(log_probs);
+  Tensor log_rest = new_vector(log_probs, bucket ? ids.size(0) : 0);
+  (compute == DType::kDouble ? sparse_teacher_of<double>
+                             : sparse_teacher_of<float>)(ids, log_probs, ordered, ordered_log_probs,
+                                                         log_rest, vocab_size, bucket);
+  return {ordered, ordered_log_probs, log_rest};
+}
+
 // The instruction set in use, after limiting it to the index-th of those this processor has, widest
 // first; "" where there are fewer. For tests and `python -m fastkd`.
 std::string cpu_instruction_set(int64_t index) {
@@ -83,6 +118,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_cpu>));
   m.impl("topk_rows", TORCH_BOX(&fastkd::topk_rows<fastkd::topk_rows_cpu>));
+  m.impl("sparse_teacher", TORCH_BOX(&fastkd::sparse_teacher_cpu));
   m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cpu>));
 }
 
