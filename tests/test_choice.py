@@ -11,14 +11,15 @@ import torch
 from emulation import build
 
 import fastkd
-from fastkd import cuda, ops
+from fastkd import cuda, ops, spec
 
 CPU, FLOAT, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
 
 
 def _ops(suffix: str = "") -> ops.Ops:
     names = (f"kd_rows{suffix}", f"scale_rows{suffix}_", f"topk_rows{suffix}")
-    return ops.Ops(*(getattr(torch.ops.fastkd, name).default for name in names))
+    kernels = (getattr(torch.ops.fastkd, name).default for name in names)
+    return ops.Ops(*kernels, sparse_teacher=spec.sparse_teacher)
 
 
 NATIVE, REFERENCE = _ops(), _ops("_reference")
