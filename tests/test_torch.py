@@ -57,6 +57,8 @@ def step(w, x, t, y, T, options):
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 def test_compile(backend, dynamic, inplace):
     """fullgraph, forward and backward, against eager, over changing N and V."""
+    if backend.name == "emulated_ticket":
+        pytest.skip("differs from emulated_cluster inside of the op alone")
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for options in ({"alpha": 0.3, "top_k": 4}, {"beta": 0.5, "alpha": 0.5, "vocab_size": 8}):
