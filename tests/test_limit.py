@@ -36,13 +36,13 @@ class Limit(NamedTuple):
     gradient_bound: Tensor
 
 
-def limit(z: Tensor, v: Tensor, beta: float = 0.0, eps: float | None = None) -> Limit:
-    """Over all classes. `eps`: of float32, unless the logits are float64.
+def limit(z: Tensor, v: Tensor, beta: float = 0.0) -> Limit:
+    """Over all classes; eps is that of float32, unless the logits are float64.
 
     d = z - v less its mean is off by eps times the logits' size, half the mean of d^2 by that times
     |d|; 8 is for the sum over a chunk's lanes, the mean and the products.
     """
-    eps = torch.finfo(torch.promote_types(z.dtype, torch.float32)).eps if eps is None else eps
+    eps = torch.finfo(torch.promote_types(z.dtype, torch.float32)).eps
     z, v = z.double(), v.double()
     d = z - v
     d = d - d.mean(-1, keepdim=True)
