@@ -29,13 +29,18 @@ class Backend:
     float64: bool = True
     instruction_set: int = 0  # of the cpu backend: 0 is the widest this processor has
     label: str = ""
-    emulated: bool = False  # a hundred times slower
+    emulated: bool = False
     split: bool = False  # rows over several programs of the Triton kernel, however short
 
     @property
     def interpreted(self) -> bool:
         """In Triton's interpreter a row takes some 20 ms: fewer and shorter ones, then."""
         return self.name == "triton" and triton_backend.INTERPRETED
+
+    @property
+    def slow(self) -> bool:
+        """A hundred times slower than a kernel in its place."""
+        return self.emulated or self.interpreted or self.name == "reference"
 
     @property
     def finest(self) -> torch.dtype:

@@ -68,6 +68,9 @@ def test_problems_are_found():
         ("reread_loads_of_128_bits", 0),
         ("reread_stores_of_128_bits", 0),
         ("exponentials_per_pair", 4.0),
+        ("instructions_per_pair_of_the_logarithms", 6.0),
+        ("instructions_per_pair_of_the_label", 6.0),
+        ("instructions_per_column_of_the_sums", 24.0),
     ):
         assert len(list(gate.problems("kd_rows", "sm_90", {**GOOD, what: bad}))) == 1, what
 

@@ -27,7 +27,7 @@ def same_bits(kernel, threads, *arguments, **options) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("beta", BETAS)
 def test_bits(kernel, threads, dtype, beta):
-    N = 12 if kernel.name == "reference" or kernel.interpreted else 33
+    N = 12 if kernel.slow else 33
     V = 700 if kernel.interpreted else 2051
     s, t = pair(N, V, dtype=dtype)
     labels = some_labels(N, V, ignored=(0, 7, 8, 9, 11))
@@ -44,7 +44,7 @@ def test_bits(kernel, threads, dtype, beta):
 @pytest.mark.parametrize("beta", BETAS)
 def test_many_short_rows(backend, threads, beta):
     """Rows are handed to threads one by one; which thread takes which must not show."""
-    N = 12 if backend.interpreted else 2000 if backend.emulated else 70000
+    N = 12 if backend.interpreted else 500 if backend.slow else 70000
     s, t = pair(N, 8)
     labels = some_labels(N, 8, ignored=tuple(range(0, N, 3)))
     same_bits(backend, threads, s, t, labels, beta=beta, alpha=0.5)

@@ -59,7 +59,7 @@ def _cached(name: str, flags: list[str], build) -> Path:
     key = hashlib.sha256(repr((flags, sys.version, torch.__version__, _processor())).encode())
     for path in _sources():
         key.update(path.name.encode() + path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd-emulation"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd-emulation"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{name}-{key.hexdigest()[:24]}"
     if not target.exists():
@@ -75,7 +75,7 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
-def _emulation_object(source: Path, flags: list[str]) -> Path:
+def _own_object(source: Path, flags: list[str]) -> Path:
     def build(folder: Path) -> Path:
         _run(["g++", *flags, f"-I{HERE}", "-c", str(source), "-o", str(folder / "output")])
         return folder / "output"
@@ -85,10 +85,8 @@ def _emulation_object(source: Path, flags: list[str]) -> Path:
 
 def _link(folder: Path, sources: list[Path], flags: list[str], *link: str) -> None:
     def compile(source: Path) -> str:
-        if (
-            source in EMULATION
-        ):  # the same for every fault, and as long in the making as the kernels
-            return str(_emulation_object(source, flags))
+        if source.parent == HERE:  # the same for every fault, and as long in the making
+            return str(_own_object(source, flags))
         target = folder / f"{source.stem}.o"
         kernel = ["-include", "cuda_emulation.h", "-x", "c++"] if source.suffix == ".cu" else []
         _run(["g++", *flags, f"-I{HERE}", *kernel, "-c", str(source), "-o", str(target)])
@@ -128,9 +126,9 @@ def _load_ops() -> None:
     torch.ops.load_library(_cached("ops", flags, build))
 
 
-def program(name: str, fault: tuple[str, str, str] | None = None) -> Path:
+def program(name: str, fault: tuple[str, str, str] | None = None, level: str = "-O1") -> Path:
     """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
-    flags = [*_flags(), "-O1"]
+    flags = [*_flags(), level]
     kernels = KERNELS[:1] if name == "driver" else ()
     emulation = () if name == "plan" else EMULATION
 
