@@ -30,14 +30,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_one_logits(name: str, logits: Tensor) -> None:
-    """A floating tensor [..., V]."""
+def check_one_logits(name: str, logits: Tensor) -> torch.Size:
+    """A floating tensor [..., V]; returns its shape."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+    shape = logits.shape
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(shape)}")
+    return shape
 
 
 def check_constant(name: str, teacher: Tensor) -> None:
@@ -111,14 +113,13 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int | None) 
 
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     """Dtypes, devices and shapes of the two logits; returns how many classes take part."""
-    check_one_logits("student_logits", student)
-    check_one_logits("teacher_logits", teacher)
+    student_shape = check_one_logits("student_logits", student)
+    teacher_shape = check_one_logits("teacher_logits", teacher)
     if student.device != teacher.device:
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {student.device}, "
             f"got {teacher.device}"
         )
-    student_shape, teacher_shape = student.shape, teacher.shape
     if student_shape != teacher_shape and student_shape[:-1] != teacher_shape[:-1]:
         raise ValueError(
             "teacher_logits must have the leading shape of student_logits, "

@@ -117,9 +117,14 @@ def _float16_scale(
     return torch.where((bound > 0) & (bound < torch.inf), torch.exp2(exponent.to(bound.dtype)), 1)
 
 
+def _total(rows: Tensor | None, weight: Tensor | None, shape: torch.Size | None) -> Tensor:
+    """A term that was computed, weighted: one value per row in `shape`, or the sum of them."""
+    assert rows is not None and weight is not None
+    return _weighted_sum(rows, weight) if shape is None else (rows * weight).view(shape)
+
+
 def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Terms, Tensor | None]:
     """Launch the kernel and reduce its rows; returns the terms and what `dstudent` is scaled by."""
-    terms = (request.soft, request.hard, request.target)
     weights = (request.soft.weight, request.hard.weight, request.target.weight)
     soft_weight, hard_weight, target_weight = weights
     inv_temperature = request.student_inv_temperature
@@ -130,9 +135,11 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
             None if weight is None else weight * scale for weight in weights
         )
     student_rows = as_rows(student)
-    dstudent_rows = None
-    if dstudent is not None:
-        dstudent_rows = student_rows if dstudent is student else as_rows(dstudent)
+    dstudent_rows = dstudent
+    if dstudent is student:
+        dstudent_rows = student_rows
+    elif dstudent is not None and student_rows is not student:
+        dstudent_rows = as_rows(dstudent)
     target = None
     if isinstance(request.teacher, SparseTeacher):
         ids, log_probs, log_rest, restricted = request.teacher
@@ -173,26 +180,29 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     if dstudent is student and dstudent_rows is not None and not _is_view(student_rows, student):
         student.copy_(dstudent_rows.view_as(student))
 
-    def total(rows: Tensor, weight: Tensor) -> Tensor:
-        if request.per_row:
-            return (rows * weight).view(student.shape[:-1])
-        return _weighted_sum(rows, weight)
-
-    values = (soft, hard, target)
-    loss = None
-    for rows, term in zip(values, terms, strict=True):
-        if term.counts:
-            assert rows is not None and term.weight is not None, "what counts was computed"
-            part = total(rows, term.weight)
-            loss = part if loss is None else loss + part
-    if loss is None:  # every weight is 0, as a schedule may have it
+    shape = student.shape[:-1] if request.per_row else None
+    parts = []
+    if request.soft.counts:
+        parts.append(_total(soft, request.soft.weight, shape))
+    if request.hard.counts:
+        parts.append(_total(hard, request.hard.weight, shape))
+    if request.target.counts:
+        parts.append(_total(target, request.target.weight, shape))
+    if not parts:  # every weight is 0, as a schedule may have it
         zero = torch.zeros_like(inv_temperature)
-        loss = total(zero, zero)
+        parts.append(_total(zero, zero, shape))
+    loss = parts[0]
+    for part in parts[1:]:
+        loss = loss + part
     if not request.terms:
         return (loss, None, None, None), scale
     soft_term, hard_term, target_term = (
-        None if rows is None or term.scale is None else total(rows, term.scale)
-        for rows, term in zip(values, terms, strict=True)
+        None if rows is None or term.scale is None else _total(rows, term.scale, shape)
+        for rows, term in (
+            (soft, request.soft),
+            (hard, request.hard),
+            (target, request.target),
+        )
     )
     return (loss, soft_term, hard_term, target_term), scale
 
