@@ -97,9 +97,9 @@ const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
 }
 
 // The logits of some columns of a row, into `gathered`, which is returned.
-template <class T>
-const T* gather_columns(const Rows& rows, int64_t row, const int32_t* columns, int64_t n,
-                        T* __restrict gathered) {
+template <class T, class Index, class Out = T>
+const Out* gather_columns(const Rows& rows, int64_t row, const Index* columns, int64_t n,
+                          Out* __restrict gathered) {
   dispatch(rows.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     if constexpr (sizeof(Stored) <= sizeof(T)) {

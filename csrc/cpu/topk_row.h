@@ -1,6 +1,7 @@
 // One row of the loss against a teacher of few classes. The student's row is read once, its
 // exponentials stay in a buffer that fits the cache, and the gradient is written once.
 #pragma once
+#include "categories.h"
 #include "row_sum.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -40,11 +41,6 @@ class TopkRow {
   }
 
  private:
-  // A class of the teacher, or all of its others.
-  struct Category {
-    double log_p, log_q, p = 0, q = 0, difference = 0;  // q - p
-  };
-
   static int64_t present(const int64_t* ids, int64_t count, int64_t vocab) {
     while (count > 0 && ids[count - 1] >= vocab) --count;
     return count;
@@ -59,12 +55,8 @@ class TopkRow {
   void compute(double& soft, double& hard) {
     const bool valid = read();
     const T at_label = call_.hard_weight ? student_at(label()) : T(0);
-    categories_.reserve(static_cast<size_t>(count_) + 1);
     // Now that the row is in the cache: before, each of them was a read from memory.
-    for (int64_t i = 0; call_.soft_weight && i < count_; ++i) {
-      const T log_prob = static_cast<const T*>(call_.log_probs)[row_ * call_.k + i];
-      categories_.push_back({double{log_prob}, double{student_at(ids_[i])} * student_inverse_});
-    }
+    if (call_.soft_weight) read_categories();
     if (call_.soft_weight) soft = valid ? divergence() : kNaN<double>;
     if (call_.hard_weight) {
       hard = hard_.sum() > 0 ? hard_.lse() - double{at_label} : kNaN<double>;
@@ -111,57 +103,40 @@ class TopkRow {
     return valid && !std::isnan(others_.sum());
   }
 
-  // Turns logarithms into logarithms of probabilities that sum to 1, and into those; false where
-  // none is above -inf.
-  bool normalise(double Category::* log, double Category::* share) {
-    double max = -kInf<double>, sum = 0;
-    for (const Category& category : categories_) max = std::fmax(max, category.*log);
-    if (!(max > -kInf<double>)) return false;
-    for (Category& category : categories_) {
-      category.*log -= max;
-      sum += category.*share = std::exp(category.*log);
+  void read_categories() {
+    const int64_t n = count_ + 1;
+    log_p_ = work_.doubles(static_cast<size_t>(5 * n));
+    log_q_ = log_p_ + n;
+    p_ = log_q_ + n;
+    q_ = p_ + n;
+    differences_ = q_ + n;
+    const T* log_probs = static_cast<const T*>(call_.log_probs) + row_ * call_.k;
+    gather_columns<T>(call_.student, row_, ids_, count_, log_q_);
+    const double teacher_inverse = vector(call_.teacher_inv_temperature);
+    for (int64_t i = 0; i < count_; ++i) {
+      log_p_[i] = double{log_probs[i]} * teacher_inverse;
+      log_q_[i] *= student_inverse_;
     }
-    const double log_sum = std::log(sum);
-    for (Category& category : categories_) {
-      category.*log -= log_sum;
-      category.*share /= sum;
+    if (call_.log_rest) {
+      const double others = others_.sum() > 0 ? others_.lse() : -kInf<double>;
+      log_p_[count_] = double{vector(call_.log_rest)} * teacher_inverse;
+      log_q_[count_] = others * student_inverse_;
     }
-    return !std::isnan(sum);
   }
 
   double divergence() {
-    if (call_.log_rest) {
-      const double others = others_.sum() > 0 ? others_.lse() : -kInf<double>;
-      categories_.push_back({double{vector(call_.log_rest)}, others * student_inverse_});
+    const int64_t n = count_ + (call_.log_rest ? 1 : 0);
+    if (!normalise(log_p_, n, p_)) return kNaN<double>;
+    if (call_.restricted || call_.log_rest) {
+      if (!normalise(log_q_, n, q_)) return kNaN<double>;
+      const CategorySums sums = divergence_of<false>(log_p_, log_q_, p_, q_, n, differences_);
+      return std::fmax(sums.divergence, 0.0);
     }
-    const double teacher_inverse = vector(call_.teacher_inv_temperature);
-    for (Category& category : categories_) category.log_p *= teacher_inverse;
-    if (!normalise(&Category::log_p, &Category::p)) return kNaN<double>;
-    const bool whole = !call_.restricted && !call_.log_rest;  // q is over all classes
-    if (whole) {
-      const double log_q = others_.lse();
-      if (!(log_q > -kInf<double>)) return kNaN<double>;
-      for (Category& category : categories_) category.log_q -= log_q;
-    } else if (!normalise(&Category::log_q, &Category::q)) {
-      return kNaN<double>;
-    }
-    double sum = 0, mass = 0;
-    for (Category& category : categories_) {
-      const double p = category.p, d = category.log_p - category.log_q;
-      double q = category.q;
-      if (std::fabs(d) < 1) {                 // relative to their own size, however small d
-        const double excess = std::expm1(d);  // p / q - 1
-        q = p / (1 + excess);
-        category.difference = -q * excess;
-        sum += p * (d - excess / (1 + excess));  // p d - p + q
-      } else {
-        if (whole) q = std::exp(category.log_q);
-        category.difference = category.log_q == -kInf<double> ? 0 : q - p;
-        sum += p == 0 ? q : p * d - p + q;  // not below 0
-      }
-      mass += q;
-    }
-    return std::fmax(whole ? sum + (1 - mass) : sum, 0.0);
+    const double log_q = others_.lse();  // q is over all classes
+    if (!(log_q > -kInf<double>)) return kNaN<double>;
+    for (int64_t i = 0; i < n; ++i) log_q_[i] -= log_q;
+    const CategorySums sums = divergence_of<true>(log_p_, log_q_, p_, q_, n, differences_);
+    return std::fmax(sums.divergence + (1 - sums.mass), 0.0);
   }
 
   template <class Out>
@@ -169,15 +144,9 @@ class TopkRow {
     const double weight = double{soft_weight_} * student_inverse_;
     // What the other classes get per unit of their share.
     const double shared = call_.restricted || soft_weight_ == 0 ? 0
-                          : call_.log_rest ? weight * categories_.back().difference
-                                           : weight;
+                          : call_.log_rest                      ? weight * differences_[count_]
+                                                                : weight;
     const bool own = shared != 0, hard = hard_weight_ != 0;
-    const auto value = [&](int64_t column) {
-      const int64_t index = column / kChunk;
-      return (own ? shared * others_.scale(index) * work_.a()[column] : 0) +
-             (hard ? double{hard_weight_} * hard_.scale(index) * work_.h()[column] : 0) -
-             (hard && column == label() ? double{hard_weight_} : 0);
-    };
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const T of_others = own ? static_cast<T>(shared * others_.scale(index)) : T(0);
@@ -193,14 +162,21 @@ class TopkRow {
         std::fill(out + begin, out + begin + n, store<Out>(T(0)));
       }
     }
-    if (hard) out[label()] = store<Out>(static_cast<T>(value(label())));
+    // In double as far as the store: what at the label nearly cancels, and what a class that is
+    // named gets, of which nothing is in the buffers that has not been rounded.
+    const auto of_hard = [&](int64_t column) {
+      const double share = hard_.scale(column / kChunk) * work_.h()[column];
+      return hard_weight_ * (column == label() ? share - 1 : share);
+    };
+    if (hard) {
+      const int64_t column = label();
+      const double of_others =
+          own ? shared * others_.scale(column / kChunk) * work_.a()[column] : 0;
+      out[column] = store<Out>(static_cast<T>(of_others + of_hard(column)));
+    }
     for (int64_t i = 0; soft_weight_ != 0 && i < count_; ++i) {
-      // Of the whole softmax q is there already, and rounded: all of it anew.
-      const bool whole = own && !call_.log_rest;
-      const double others =
-          whole ? shared * others_.scale(ids_[i] / kChunk) * work_.a()[ids_[i]] : 0;
-      out[ids_[i]] =
-          store<Out>(static_cast<T>(weight * categories_[i].difference + value(ids_[i]) - others));
+      const double value = weight * differences_[i] + (hard ? of_hard(ids_[i]) : 0);
+      out[ids_[i]] = store<Out>(static_cast<T>(value));
     }
   }
 
@@ -228,7 +204,7 @@ class TopkRow {
   const T soft_weight_, hard_weight_, student_inverse_;
   RowSum<T> others_;  // of the classes outside, or of all
   RowSum<T> hard_;
-  std::vector<Category> categories_;  // the ids, and what is outside of them
+  double *log_p_, *log_q_, *p_, *q_, *differences_;  // of the ids, and of what is outside of them
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -25,11 +25,16 @@ struct Workspace {
   Frame<T>* soft_frames() { return frames.get(); }
   Frame<T>* hard_frames() { return frames.get() + chunks; }
   int32_t* kept_columns() { return columns.get(); }
+  double* doubles(size_t n) {
+    if (few.size() < n) few.resize(n);
+    return few.data();
+  }
 
   int64_t vocab_size, stride, chunks;
   std::unique_ptr<T[]> memory;  // not touched, not resident: few rows need all of it
   std::unique_ptr<Frame<T>[]> frames;
   std::unique_ptr<int32_t[]> columns;
+  std::vector<double> few;  // as many as a row's sparse teacher needs
 };
 
 // The sums of a whole row, relative to the frame of its last chunk, in double.
