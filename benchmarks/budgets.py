@@ -130,8 +130,9 @@ def _beside_kd_loss(name: str, variant: str) -> tuple[Budget, ...]:
     return (
         Budget(f"{name}, dkd, probs, restrict: times kd_loss", 1.15, None,
                on("cpu", ("dkd", "probs", "restrict")), beside_plain(variant), at_most=True),
-        Budget(f"{name}, a teacher of 64 classes: times kd_loss", 0.75, None,
-               on("cpu", SPARSE), beside_plain(variant), at_most=True),
+        *(Budget(f"{name}, {dtype}, a teacher of 64 classes: times kd_loss", 0.75, None,
+                 on("cpu", SPARSE, dtype), beside_plain(variant), at_most=True)
+          for dtype in ("bfloat16", "float32")),
     )  # fmt: skip
 
 

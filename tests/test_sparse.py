@@ -207,6 +207,18 @@ def test_logits_that_are_all_large(backend, outside):
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_what_the_student_forbids_is_infinite_also_where_it_underflows(backend, outside):
+    """As in the dense loss, which knows the teacher's logit there from -inf."""
+    student = torch.tensor([[1, 2, -INF, 0.5]], dtype=backend.finest)
+    ids, log_probs = torch.tensor([[0, 2]]), torch.tensor([[-0.01, -60]], dtype=backend.finest)
+    options = {"temperature": 0.05, "backend": backend.name}
+    value, g = gradient(topk_kd_loss, student, ids, log_probs, outside=outside, **options)
+    assert value == INF and g[0, 2] == 0 and g.isfinite().all()
+    teacher = torch.tensor([[-0.01, -INF, -60, -INF]], dtype=backend.finest)
+    assert kd_loss(student, teacher, **options) == INF
+
+
 def test_rows_without_ids(backend):
     z = normal(2, 30)
     ids = torch.tensor([[-1, -1], [3, 4]])

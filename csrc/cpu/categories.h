@@ -84,7 +84,9 @@ FASTKD_LOOP CategorySums divergence_of(const double* __restrict log_p,
     const double other = near ? near_q : far_q;
     const double apart = log_q[i] == -kInf<double> ? 0 : far_q - p[i];
     differences[i] = near ? -near_q * excess : apart;
-    const double far = p[i] == 0 ? far_q : p[i] * d - p[i] + far_q;
+    // Infinite where the student forbids what the teacher has, also where that has underflowed.
+    const double finite = p[i] == 0 ? far_q : p[i] * d - p[i] + far_q;
+    const double far = d == kInf<double> ? d : finite;
     divergence += near ? p[i] * (d - excess / (1 + excess)) : far;
     mass += other;
   }
