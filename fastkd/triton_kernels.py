@@ -168,6 +168,8 @@ def row_terms(
     else:
         soft, quick = quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE)
         quick = quick & sound
+        if PRUNE:  # of a class that is not kept a NaN is in no sum
+            quick = quick & (nans == 0)
         if DIVERGENCE != MIXTURE and quick:
             value0, value1 = second(
                 s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,

@@ -200,6 +200,16 @@ def test_nan_stays_in_its_row(kernel, column, beta, side, alpha):
             assert mean.loss.isnan() and mean.gradient[others].isfinite().all()
 
 
+def test_nan_of_a_class_that_is_pruned(kernel):
+    """Nor is there a hard term to see it."""
+    for beta in BETAS:
+        s, t = pair(3, 9)
+        s[1, t[1].argmin()] = NAN
+        result = run(kernel, s, t, beta=beta, top_k=3, reduction="none")
+        assert result.loss[1].isnan() and result.gradient[1].isnan().all()
+        assert result.loss[[0, 2]].isfinite().all() and result.gradient[[0, 2]].isfinite().all()
+
+
 def test_nan_of_the_teacher_leaves_the_hard_term_alone(kernel):
     s, t = pair(3, 9)
     t[1, 4] = NAN
