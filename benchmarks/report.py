@@ -173,7 +173,10 @@ def specials(results: Results) -> list[str]:
         if r["option"] == OVERHEAD and "providers" in r:
             calls = ", ".join(f"{n} {seconds(r, n) * 1e6:.0f}" for n in r["providers"])
             shape = f"{r['N']} x {r['V']}"
-            parts.append(f"A call on {shape} logits, forward and backward, in us: {calls}.")
+            parts.append(
+                f"A call on {shape} logits, forward and backward, in us, of {r['rounds']} rounds "
+                f"those in which the last was fastest: {calls}."
+            )
         if r["option"] == CONVERGED and "providers" in r:
             found = {n: f["loss_error"] for n, f in r["providers"].items() if "loss_error" in f}
             errors = ", ".join(f"{name} {value:.0e}" for name, value in found.items())

@@ -135,7 +135,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
             None if weight is None else weight * scale for weight in weights
         )
     student_rows = as_rows(student)
-    dstudent_rows = dstudent
+    dstudent_rows = dstudent  # contiguous where it is new, and rows if the student is
     if dstudent is student:
         dstudent_rows = student_rows
     elif dstudent is not None and student_rows is not student:

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import budgets, report
 from benchmarks.figures import bandwidth, gradients, of_add, of_copy, ratio
+from benchmarks.measure import fastest
 
 N, V = 8, 128256
 NBYTES = N * V * 4
@@ -49,6 +50,10 @@ def test_ratios_are_those_of_a_round():
     case["providers"]["fastkd cpu"]["seconds"] = [1.0, 2.0, 1.0, 2.0, 1.0]
     case["providers"]["eager"]["seconds"] = [10.0, 20.0, 20.0, 20.0, 10.0]
     assert ratio(case, "eager", "fastkd cpu") == 10
+
+
+def test_rounds_of_an_undisturbed_machine():
+    assert fastest([4.0, 2.1, 4.2, 2.0, 2.2], 3) == [1, 3, 4]
 
 
 def test_a_row_tells_all_of_it(results):
