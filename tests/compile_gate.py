@@ -3,29 +3,24 @@
 python tests/compile_gate.py --update     measure, and write the table tests/compile_gate.json
 
 Instructions are told apart by the source lines they come from (-lineinfo changes no code), inlined
-functions included. The machine code is read by nvdisasm, of the triton package or of the toolkit.
+functions included. Where the machine code comes from, and what reads it: cubins.py.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "csrc" / "cuda"
+import cubins
+from cubins import KERNELS, ROOT
+
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-FLAGS = ("-cubin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v")
 PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/configuration.h leaves out; see there
 PERSISTENT_TARGET = "sm_90"  # where that is to be measured first; a minute of compiling for each
 REGISTERS_PER_SM = 65536
@@ -34,79 +29,10 @@ SMALL_VOCABULARY = 32768  # the smallest that the budgets are for
 Figures = dict[str, float]
 
 
-def nvcc() -> str | None:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    return str(home) if home.exists() else shutil.which("nvcc")
-
-
-def nvdisasm() -> str | None:
-    triton = find_spec("triton")
-    places = [Path(p) / "backends/nvidia/bin" for p in triton.submodule_search_locations or ()] \
-        if triton else []  # fmt: skip
-    compiler = nvcc()
-    if compiler:
-        places.append(Path(compiler).parent)
-    found = [str(place / "nvdisasm") for place in places if (place / "nvdisasm").exists()]
-    return found[0] if found else shutil.which("nvdisasm")
-
-
-def release(tool: str) -> str:
-    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"release ([\d.]+)", text)[0]
-
-
-class Binary(NamedTuple):
-    """One source compiled for one target."""
-
-    target: str
-    report: str  # of ptxas -v
-    code: str  # of nvdisasm, "" without it
-    persistent: bool = False
-
-
-def compile_for(source: Path, target: str, persistent: bool = False) -> Binary:
-    """From the cache under the user's, where the same sources were compiled before."""
-    compiler, disassembler = nvcc(), nvdisasm()
-    assert compiler is not None
-    flags = (*FLAGS, *([PERSISTENT] if persistent else []))
-    key = hashlib.sha256(repr((flags, release(compiler), target, source.name)).encode())
-    for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "rows.h"}):
-        key.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd-gate"
-    folder = cache / key.hexdigest()[:16]
-    cache.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # what another process compiles is waited for
-        if not (folder / "report").exists():
-            folder.mkdir(exist_ok=True)
-            cubin = folder / "cubin"
-            command = [compiler, *flags, f"-arch={target}", f"-I{KERNELS}", "-o", cubin, source]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            (folder / "report").write_text(done.stdout + done.stderr)  # last: now it is whole
-    code = ""
-    if disassembler:
-        command = [disassembler, "-c", "-gi", folder / "cubin"]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return Binary(target, (folder / "report").read_text(), code, persistent)
-
-
 def resources(report: str) -> dict[str, Figures]:
-    """Per kernel, by its mangled name, what ptxas -v says, the functions it calls included."""
-    found: dict[str, Figures] = {}
-    for part in report.split("Compiling entry function '")[1:]:
-        memory = [
-            [int(number) for number in numbers]
-            for numbers in re.findall(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-            )
-        ]
-        found[part.partition("'")[0]] = {
-            "registers": int(re.findall(r"Used (\d+) registers", part)[0]),
-            "spill_bytes": sum(stores + loads for _, stores, loads in memory),
-            "stack_bytes": sum(stack for stack, _, _ in memory),
-        }
-    return found
+    """Per kernel, by its mangled name, what cuobjdump says; its stack is where spills go."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", report)
+    return {name: {"registers": int(r), "stack_bytes": int(stack)} for name, r, stack in found}
 
 
 class Instruction(NamedTuple):
@@ -286,28 +212,26 @@ def empty(code: list[Instruction]) -> bool:
     return bool(code) and not any(i.opcode.startswith(("LDG", "STG")) for i in code)
 
 
-def figures(binary: Binary) -> dict[str, Figures]:
-    """Per variant; without nvdisasm only what ptxas says."""
-    code = instructions(binary.code)
+def figures(cubin: cubins.Cubin, target: str, persistent: bool = False) -> dict[str, Figures]:
+    """Per variant."""
+    code = instructions(cubin.code)
     found = {}
-    for mangled, resource in resources(binary.report).items():
+    for mangled, resource in resources(cubin.resources).items():
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
-        if binary.persistent:
+        if persistent:
             if not name.startswith("kd_rows Cluster"):
                 continue  # as without it, or never in use
             name += " persistent"
-        kernel = code.get(mangled, [])
+        kernel = code[mangled]
         if empty(kernel):
             continue
-        found[name] = dict(resource)
-        if kernel:
-            found[name]["instructions"] = len(kernel)
-        if kernel and name.startswith("kd_rows"):
-            found[name] |= core(name, binary.target, kernel)
-        elif kernel and name.startswith("topk_rows"):
-            found[name] |= topk_core(name, binary.target, kernel)
-        elif kernel:
+        found[name] = resource | {"instructions": len(kernel)}
+        if name.startswith("kd_rows"):
+            found[name] |= core(name, target, kernel)
+        elif name.startswith("topk_rows"):
+            found[name] |= topk_core(name, target, kernel)
+        else:
             every = Part(kernel)
             found[name] |= {
                 "local_accesses": every.count(LOCAL),
@@ -323,8 +247,8 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
     allowed = registers_allowed(kernel)
     if of["registers"] > allowed:
         yield f"{name}: {of['registers']} registers, its launch bounds allow {allowed}"
-    for what in ("spill_bytes", "stack_bytes", "local_accesses"):
-        if of.get(what, 0):
+    for what in ("stack_bytes", "local_accesses"):
+        if of[what]:
             yield f"{name}: {what} is {of[what]}, not 0"
     held = 1 if kernel == "scale_rows" else vectors(name, target)
     rows = 2 if kernel == "kd_rows" else 1
@@ -359,26 +283,34 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
 
 def measure() -> dict[str, Any]:
     """The whole table."""
-    compiler, disassembler = nvcc(), nvdisasm()
-    assert compiler is not None
+    module = os.environ.get("FASTKD_GATE_MODULE")
     sources = sorted(KERNELS.glob("*.cu"))
-    jobs = [(source, target, False) for target in TARGETS for source in sources]
-    jobs.append((KERNELS / "kd_rows.cu", PERSISTENT_TARGET, True))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        binaries = list(pool.map(lambda job: compile_for(*job), jobs))
+
+    def of(source: Path, target: str) -> dict[str, Figures]:
+        of_module = built[source.stem, target] if module else None
+        return figures(of_module or cubins.compile_for(source, target), target)
+
+    def of_persistent() -> dict[str, Figures]:
+        cubin = cubins.compile_for(KERNELS / "kd_rows.cu", PERSISTENT_TARGET, PERSISTENT)
+        return figures(cubin, PERSISTENT_TARGET, persistent=True)
+
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}
-    for binary in binaries:
-        table[binary.target] |= figures(binary)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        persistent = pool.submit(of_persistent)  # first: what a module has is read meanwhile
+        built = cubins.built(Path(module)) if module else {}
+        jobs = [(t, pool.submit(of, source, t)) for t in TARGETS for source in sources]
+        for target, job in (*jobs, (PERSISTENT_TARGET, persistent)):
+            table[target] |= job.result()
     return {
-        "nvcc": release(compiler),
-        "nvdisasm": release(disassembler) if disassembler else None,
+        "nvcc": cubins.release(cubins.nvcc()),
+        "nvdisasm": cubins.release(cubins.tool("nvdisasm")),
         "targets": table,
     }
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--update"] or nvcc() is None or nvdisasm() is None:
-        sys.exit(f"{__doc__}\nnvcc: {nvcc()}, nvdisasm: {nvdisasm()}")
+    if sys.argv[1:] != ["--update"] or cubins.missing():
+        sys.exit(f"{__doc__}\nnot found: {', '.join(cubins.missing()) or 'nothing'}")
     measured = measure()
     TABLE.write_text(json.dumps(measured, indent=1) + "\n")
     over = [f"{target}: {problem}" for target, kernels in measured["targets"].items()

@@ -5,6 +5,17 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
+// Of n categories each, in memory for kVectors * n.
+struct Categories {
+  static constexpr int64_t kVectors = 5;
+  Categories() = default;
+  Categories(double* memory, int64_t n)
+      : log_p(memory), log_q(log_p + n), p(log_q + n), q(p + n), differences(q + n) {}
+
+  double *log_p = nullptr, *log_q = nullptr, *p = nullptr, *q = nullptr;
+  double* differences = nullptr;  // q - p
+};
+
 // e^x, 0 below e^-708, and e^x - 1 also near 0, each with a relative error of at most 3e-16; for
 // x <= 709. NaN stays NaN.
 struct ExpTerms {
@@ -68,10 +79,12 @@ struct CategorySums {
 
 // kWhole: q is over more than these categories, and not yet known but for its logarithm.
 template <bool kWhole>
-FASTKD_LOOP CategorySums divergence_of(const double* __restrict log_p,
-                                       const double* __restrict log_q, const double* __restrict p,
-                                       const double* __restrict q, int64_t n,
-                                       double* __restrict differences) {  // q - p
+FASTKD_LOOP CategorySums divergence_of(const Categories& categories, int64_t n) {
+  const double* __restrict log_p = categories.log_p;
+  const double* __restrict log_q = categories.log_q;
+  const double* __restrict p = categories.p;
+  const double* __restrict q = categories.q;
+  double* __restrict differences = categories.differences;
   double divergence = 0, mass = 0;
 #pragma omp simd reduction(+ : divergence, mass)
   for (int64_t i = 0; i < n; ++i) {

@@ -105,37 +105,33 @@ class TopkRow {
 
   void read_categories() {
     const int64_t n = count_ + 1;
-    log_p_ = work_.doubles(static_cast<size_t>(5 * n));
-    log_q_ = log_p_ + n;
-    p_ = log_q_ + n;
-    q_ = p_ + n;
-    differences_ = q_ + n;
+    categories_ = {work_.doubles(static_cast<size_t>(Categories::kVectors * n)), n};
     const T* log_probs = static_cast<const T*>(call_.log_probs) + row_ * call_.k;
-    gather_columns<T>(call_.student, row_, ids_, count_, log_q_);
+    gather_columns<T>(call_.student, row_, ids_, count_, categories_.log_q);
     const double teacher_inverse = vector(call_.teacher_inv_temperature);
     for (int64_t i = 0; i < count_; ++i) {
-      log_p_[i] = double{log_probs[i]} * teacher_inverse;
-      log_q_[i] *= student_inverse_;
+      categories_.log_p[i] = double{log_probs[i]} * teacher_inverse;
+      categories_.log_q[i] *= student_inverse_;
     }
     if (call_.log_rest) {
       const double others = others_.sum() > 0 ? others_.lse() : -kInf<double>;
-      log_p_[count_] = double{vector(call_.log_rest)} * teacher_inverse;
-      log_q_[count_] = others * student_inverse_;
+      categories_.log_p[count_] = double{vector(call_.log_rest)} * teacher_inverse;
+      categories_.log_q[count_] = others * student_inverse_;
     }
   }
 
   double divergence() {
     const int64_t n = count_ + (call_.log_rest ? 1 : 0);
-    if (!normalise(log_p_, n, p_)) return kNaN<double>;
+    if (!normalise(categories_.log_p, n, categories_.p)) return kNaN<double>;
     if (call_.restricted || call_.log_rest) {
-      if (!normalise(log_q_, n, q_)) return kNaN<double>;
-      const CategorySums sums = divergence_of<false>(log_p_, log_q_, p_, q_, n, differences_);
+      if (!normalise(categories_.log_q, n, categories_.q)) return kNaN<double>;
+      const CategorySums sums = divergence_of<false>(categories_, n);
       return std::fmax(sums.divergence, 0.0);
     }
     const double log_q = others_.lse();  // q is over all classes
     if (!(log_q > -kInf<double>)) return kNaN<double>;
-    for (int64_t i = 0; i < n; ++i) log_q_[i] -= log_q;
-    const CategorySums sums = divergence_of<true>(log_p_, log_q_, p_, q_, n, differences_);
+    for (int64_t i = 0; i < n; ++i) categories_.log_q[i] -= log_q;
+    const CategorySums sums = divergence_of<true>(categories_, n);
     return std::fmax(sums.divergence + (1 - sums.mass), 0.0);
   }
 
@@ -144,8 +140,8 @@ class TopkRow {
     const double weight = double{soft_weight_} * student_inverse_;
     // What the other classes get per unit of their share.
     const double shared = call_.restricted || soft_weight_ == 0 ? 0
-                          : call_.log_rest                      ? weight * differences_[count_]
-                                                                : weight;
+                          : call_.log_rest ? weight * categories_.differences[count_]
+                                           : weight;
     const bool own = shared != 0, hard = hard_weight_ != 0;
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
@@ -175,7 +171,7 @@ class TopkRow {
       out[column] = store<Out>(static_cast<T>(of_others + of_hard(column)));
     }
     for (int64_t i = 0; soft_weight_ != 0 && i < count_; ++i) {
-      const double value = weight * differences_[i] + (hard ? of_hard(ids_[i]) : 0);
+      const double value = weight * categories_.differences[i] + (hard ? of_hard(ids_[i]) : 0);
       out[ids_[i]] = store<Out>(static_cast<T>(value));
     }
   }
@@ -204,7 +200,7 @@ class TopkRow {
   const T soft_weight_, hard_weight_, student_inverse_;
   RowSum<T> others_;  // of the classes outside, or of all
   RowSum<T> hard_;
-  double *log_p_, *log_q_, *p_, *q_, *differences_;  // of the ids, and of what is outside of them
+  Categories categories_;  // the ids, and what is outside of them
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA
