@@ -103,17 +103,21 @@ def _float16_scale(
 
     float16 ends at 6e-8 and a gradient is of the order of 1 / (V N): so it is stored scaled, and
     backward divides. |q - p| <= 1, and the gradient of a mixture's divergence is hardly larger;
-    that of the reverse one grows with the gap between the logits: 2^4 leaves it room up to 4000.
+    that of the reverse one, and at a large T of all, is of the order of a gap between logits over
+    T: 2^4 leaves that room up to 4000.
     Per row: one weight or temperature that is huge, infinite or NaN costs no other row its digits.
     """
     bound = torch.zeros_like(inv_temperature)
+    gap = 16 * inv_temperature.square()
+    slope = torch.minimum(inv_temperature * (16 if beta == 1 else 1), gap)
+    slope = slope.masked_fill(inv_temperature == 0, 1)  # by a weight without T^2, and over V
     for weight in (soft, target):
-        if weight is not None:  # at T = infinity it counts as it is
-            bound = bound + weight.abs() * inv_temperature.masked_fill(inv_temperature == 0, 1)
+        if weight is not None:
+            bound = bound + weight.abs() * slope
     if hard is not None:
         bound = bound + hard.abs()
     _, exponent = torch.frexp(bound)
-    exponent = ((8 if beta < 1 else 4) - exponent).clamp(-100, 100)  # also its inverse is finite
+    exponent = (8 - exponent).clamp(-100, 100)  # also its inverse is finite
     return torch.where((bound > 0) & (bound < torch.inf), torch.exp2(exponent.to(bound.dtype)), 1)
 
 

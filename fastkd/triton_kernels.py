@@ -4,13 +4,13 @@ A row is read once for the sums of its exponentials (`sums`) and, out of the L2 
 for the divergence and the gradient, which it writes. Rows for which the quick formulas do not do
 are read again by careful ones: with infinities, with logits far above those that the row begins
 with, or where student and teacher agree so well that KL as a difference of sums has no digits left.
-Rows at an infinite temperature are read as triton_limit.py says.
+Rows at a large temperature are read as triton_limit.py says.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_limit import limit_row
+from .triton_limit import MATCHES_LOGITS, is_flat, limit_row
 from .triton_math import (
     LN2,
     LOG2E,
@@ -279,11 +279,20 @@ def kd_rows_kernel(
             end = tl.minimum(high - begin, columns)
         computed = valid & ~skipped
         s_inverse = tl.load(student_inverse + row)
-        at_limit = computed & (s_inverse == 0) & HAS_LIMIT
+        t_inverse = tl.load(teacher_inverse + row)
         threshold = NINF
         if PRUNE:
             if computed:
                 threshold = kth_largest(t_row, low, high, keep, VECTOR, BLOCK, LANE, SAMPLE)
+        at_limit = computed & (s_inverse <= MATCHES_LOGITS) & (s_inverse == t_inverse) & HAS_LIMIT
+        if HAS_LIMIT:
+            if at_limit & (s_inverse > 0):  # every part of a split row finds the same
+                at_limit = is_flat(
+                    s_row, t_row, low, high, threshold, s_inverse, PRUNE, PROBS, VECTOR, BLOCK
+                )
+                if PARTS > 1:
+                    if at_limit:
+                        count_in(counters + 1 + row)
         # Of a row that is skipped, or whose label is no class.
         value = tl.where(skipped, 0.0, float("nan"))
         s_term = value if DIVERGENCE != NONE else s_weight
@@ -294,7 +303,7 @@ def kd_rows_kernel(
         if computed & ~at_limit:
             s_term, h_term, t_term, lost, last = row_terms(
                 s_row + begin, t_row + begin, g_row + begin, first, end, threshold,
-                s_inverse, tl.load(teacher_inverse + row),
+                s_inverse, t_inverse,
                 s_weight, h_weight, t_weight, label + (low - begin - first), beta, rest,
                 counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
                 DIVERGENCE, PRUNE, PROBS, APART, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
@@ -315,10 +324,13 @@ def kd_rows_kernel(
                 tl.store(target + row, t_term)
         if HAS_LIMIT:
             if at_limit & (part == 0):
+                if PARTS > 1:
+                    if s_inverse > 0:  # until no part reads what the gradient may be written over
+                        wait(counters + 1 + row, parts)
+                        tl.store(counters + 1 + row, 0)
                 s_term, h_term = limit_row(
-                    s_row, t_row, g_row, low, high, threshold, label, s_weight, h_weight,
-                    beta * rest if DIVERGENCE == MIXTURE else 1.0,
-                    PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
+                    s_row, t_row, g_row, low, high, threshold, label, s_inverse, s_weight, h_weight,
+                    beta, rest, DIVERGENCE, PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
                 )  # fmt: skip
                 tl.store(soft + row, s_term)
                 tl.store(hard + row, h_term)

@@ -1,4 +1,5 @@
-"""T = infinity: half the variance of the logits' difference, and what the loss goes to there."""
+"""T = infinity: half the variance of the logits' difference; and T from 1000 on, on the way there,
+where kernels read rows as they do at infinity (csrc/cuda/logit_match.h, triton_limit.py)."""
 
 import math
 from typing import NamedTuple
@@ -6,12 +7,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from bounds import INF, assert_close
-from conftest import normal, pair, run
+from conftest import Backend, normal, pair, run
 from torch import Tensor
 
 import fastkd
 from fastkd import ops
 
+REFERENCE = Backend("reference")
 BETAS = {0.0: 1.0, 1.0: 1.0, 0.5: 0.25, 0.3: 0.21}  # and c, the curvature beside that of KL
 
 
@@ -68,18 +70,55 @@ def test_closed_form(backend, V, dtype, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_loss_goes_there(backend, beta):
-    """By 2.3 / T for these logits: smoothly, whichever T it is asked at.
-
-    p and q are off by 2 eps each, of the exponential, and by the roundings of their logarithms,
-    some log V: by so many T eps of the logits' differences, which q - p is made of.
-    """
+    """By 2.3 / T for these logits: smoothly, whichever T it is asked at."""
     z, v = pair(4, 257, dtype=backend.finest)
     there, dthere = gradient(backend, z, v, beta=beta)
-    for T in (1e2, 1e3, 1e4, 1e5):
+    for T in (1e2, 999.0, 1e3, 1e4, 1e5):
         value, grad = gradient(backend, z, v, beta=beta, temperature=T)
-        bound = 10 / T + (4 + 2 * math.log(257)) * torch.finfo(value.dtype).eps * T
+        bound = 10 / T + direct(257, T, value.dtype)
         assert ((value - there) / there).abs().max() < bound
         assert (grad - dthere).norm() < bound * dthere.norm()
+
+
+def direct(V: int, T: float, dtype: torch.dtype = torch.float32) -> float:
+    """What p and q formed apart leave open in q - p, of the logits' differences.
+
+    Each is off by 2 eps, of the exponential, and by the roundings of its logarithms, some log V.
+    """
+    return (4 + 2 * math.log(V)) * torch.finfo(dtype).eps * T
+
+
+@pytest.mark.parametrize("T", [1001.0, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", BETAS)
+def test_nothing_is_lost_at_large_temperatures(backend, beta, dtype, T):
+    """As at the limit: the roundings are those of the logits, not T times as many."""
+    z, v = pair(5, 2003, dtype=dtype)
+    v[1:3] = z[1:3] + (v[1:3] - z[1:3]) / 32  # closer
+    value, grad = gradient(backend, z, v, beta=beta, temperature=T)
+    exact, dexact = gradient(REFERENCE, z.double(), v.double(), beta=beta, temperature=T)
+    bounds = limit(z, v, beta)
+    assert_close(value, exact, value.dtype, bounds.loss_bound)
+    # Of float16 stored first, 8 times as large.
+    roundings, spacings = (2, 1 + 1 / 8) if dtype == torch.float16 else (1, 1)
+    assert_close(grad, dexact, dtype, bounds.gradient_bound, roundings=roundings, spacings=spacings)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 25}, {"beta": 0.5}, {"beta": 1.0}])
+def test_rows_that_are_not_flat_at_large_temperatures(backend, options):
+    """Beside those that are: a logit as large as T, or on one side only, or none at all."""
+    z, v = pair(8, 40)
+    z[1:3] *= 200
+    v[2:4] *= 200
+    z[4, 3] = v[5, 3] = -INF
+    z[6, 3] = math.nan
+    z[7] = v[7] = -INF
+    value, grad = gradient(backend, z, v, temperature=2000.0, **options)
+    exact, dexact = gradient(REFERENCE, z.double(), v.double(), temperature=2000.0, **options)
+    size = torch.stack((z, v)).nan_to_num(0, 0, 0).abs().amax((0, 2)).double()
+    off = direct(40, 2000.0)
+    assert_close(value, exact, torch.float32, off * size * (1 + size))
+    assert_close(grad, dexact, torch.float32, (off * size).unsqueeze(-1).expand_as(grad))
 
 
 @pytest.mark.parametrize("options", [{"top_k": 7}, {"bottom_percentile": 20}, {"vocab_size": 90}])
@@ -132,12 +171,13 @@ def test_one_class_of_every_kind(backend, options):
     assert_close(grad, dz.double(), torch.float32, fewest * finite.gradient_bound)
 
 
-def test_beside_the_other_options(backend):
+@pytest.mark.parametrize("T", [1e9, INF])  # the first is that near
+def test_beside_the_other_options(backend, T):
     """Labels, weights, the hard term, both reductions and a gradient scaled later."""
     z, v = pair(6, 50)
     labels = torch.tensor([3, -100, 7, 49, 0, 1])
     weights = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 3.0])
-    options = {"alpha": 0.3, "token_weights": weights, "reduction": "batchmean"}
+    options = {"alpha": 0.3, "token_weights": weights, "reduction": "batchmean", "temperature": T}
     value, grad = gradient(backend, z, v, labels, **options)
     soft = limit(z, v)
     hard = torch.nn.functional.cross_entropy(z.double(), labels, reduction="none")
@@ -153,12 +193,12 @@ def test_beside_the_other_options(backend):
 
 @pytest.mark.parametrize("options", [(300, 0.0), (40, 0.3), (280, 1.0)])
 def test_rows_at_the_limit_beside_others(backend, options):
-    """In one call of the op, and the gradient over the student."""
-    z, v = pair(5, 300)
-    inverse = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0])
-    soft_weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 0.0])
-    hard_weight = torch.tensor([0.5, 0.0, 1.0, 1.0, 0.0])
-    labels = torch.tensor([0, 290, 7, 150, 300])
+    """In one call of the op, and the gradient, large or small, over the student."""
+    z, v = pair(8, 300)
+    inverse = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0, 9e-4, 5e-4, 1e-6])
+    soft_weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 0.0, 1e6, 0.0, 1e12])
+    hard_weight = torch.tensor([0.5, 0.0, 1.0, 1.0, 0.0, 1e5, 1e7, 0.0])
+    labels = torch.tensor([0, 290, 7, 150, 300, 12, 299, 3])
     keep, beta = options
     results = []
     for name, device in ((backend.name, backend.device), ("reference", "cpu")):
@@ -184,15 +224,18 @@ def test_float16_gradient_keeps_its_digits(backend):
                  roundings=2)  # fmt: skip
 
 
+@pytest.mark.parametrize("T", [1001.0, INF])
 @pytest.mark.parametrize("probs", [False, True])
-def test_teachers_probabilities(backend, probs):
+def test_teachers_probabilities(backend, probs, T):
     z, v = pair(4, 60)
     teacher = v.softmax(-1) if probs else v
     kind = "probs" if probs else "logits"
-    value, grad = gradient(backend, z, teacher, teacher_kind=kind)
-    expected = limit(z, v.double().log_softmax(-1))  # a logarithm is off by 1.2 eps of itself
-    assert_close(value, expected.loss, torch.float32, expected.loss_bound)
-    assert_close(grad, expected.gradient, torch.float32, expected.gradient_bound)
+    value, grad = gradient(backend, z, teacher, teacher_kind=kind, temperature=T)
+    v = v.double().log_softmax(-1)  # a logarithm is off by 1.2 eps of itself
+    exact, dexact = gradient(REFERENCE, z.double(), v, temperature=T)
+    bounds = limit(z, v)
+    assert_close(value, exact, torch.float32, bounds.loss_bound)
+    assert_close(grad, dexact, torch.float32, bounds.gradient_bound)
 
 
 def test_infinite_on_both_sides(backend):

@@ -52,8 +52,8 @@ def test_machine_code(target, dtype, variant):
         assert report.registers <= 128  # the table of configurations counts on it
         for loop in report.loops:
             assert loop.exponentials == 0 or loop.barriers == 0 or variant == "rows not alike"
-        if "sparse" not in variant:  # the loops of rows at the limit
-            assert sum(loop.loads[8] > 0 for loop in report.loops) <= 2
+        if "sparse" not in variant:  # those of triton_limit.py: is_flat, the sums, and two passes
+            assert sum(loop.loads[8] > 0 for loop in report.loops) <= 4
         # A counter is read again by every turn of the loop that waits at it.
         assert ("split" in variant) == any(loop.polls and loop.barriers for loop in report.loops)
         if variant in ("forward", "split"):
@@ -76,8 +76,8 @@ def no_worse(row: str) -> None:
 
 
 def wide(loop: aot.Loop, target: str, sides: int) -> None:
-    """128 bits at a time, at a V that is no multiple of anything; but the ends of a row. At the
-    limit half of that."""
+    """128 bits at a time, at a V that is no multiple of anything; but the ends of a row. In
+    triton_limit.py half of that."""
     for accesses in (loop.loads, loop.stores):
         narrow = sum(count for size, count in accesses.items() if size < 8)
         assert narrow == 0 or accesses[16] + accesses[8] > 0

@@ -22,15 +22,15 @@ struct Shared {
 // Apart from the kernel's body, and from each other: their code and their registers would be in the
 // way of more usual rows.
 template <class Exchange>
-__device__ FASTKD_NOINLINE void match_logits(const KdRows& call, Exchange exchange,
+__device__ FASTKD_NOINLINE bool match_logits(const KdRows& call, Exchange exchange,
                                              RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
-  LogitMatch<Exchange>(row).run();
+  return LogitMatch<Exchange>(row).run();
 }
 template <class Exchange, Mode kMode>
 __device__ FASTKD_NOINLINE void reread(const KdRows& call, Exchange exchange, RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
-  if (row.matches_logits()) return match_logits(call, exchange, shared);
+  if (row.matches_logits() && match_logits(call, exchange, shared)) return;
   Reread<Exchange, kMode>(row).run();
 }
 

@@ -20,7 +20,7 @@ struct RowArguments {
   bool has_soft, has_hard;
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
-  bool matches_logits;  // T is infinite: the soft term is that of logit_match.h
+  bool matches_logits;  // T is large: the soft term is that of logit_match.h, where logits are not
   // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
   // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
   int power;
@@ -29,6 +29,9 @@ struct RowArguments {
     return fresh(soft_weight) == 0 && fresh(hard_weight) == 0 && fresh(target_weight) == 0;
   }
 };
+
+// 1 / T of rows that are left to logit_match.h: from there on it is the more exact one.
+constexpr float kMatchesLogits = 1e-3f;
 
 // Where part `rank` of `size` begins.
 __device__ __forceinline__ int share(int all, int rank, int size) {
@@ -66,7 +69,8 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.has_hard = call.hard_weight != nullptr;
   a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && call.keep < call.vocab_size;
-  a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse == 0;
+  a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse <= kMatchesLogits &&
+                     a.student_inverse == vector(call.teacher_inv_temperature);
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
     const bool same = a.has_hard && a.has_soft && !a.pruned && !a.decoupled &&

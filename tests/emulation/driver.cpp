@@ -144,9 +144,11 @@ void run(const Case& c) {
   Matrix student(1, c.student, c.V, c.odd), teacher(2, c.teacher, c.V, c.odd);
   Matrix gradient(3, c.student, c.V, false);
   const float T = c.terms == Terms::kPower ? 3 : c.terms == Terms::kOwn ? 2.5f : 1;
-  const std::vector<float> ones(kN, 1), weight{1, 1, 1, 0, 1, 2, 3};
-  std::vector<float> inverse(kN, 1 / T);
-  for (int64_t r = 0; c.terms == Terms::kLimit && r < kN; r += 2) inverse[r] = 0;
+  const std::vector<float> weight{1, 1, 1, 0, 1, 2, 3};
+  std::vector<float> inverse(kN, 1 / T), teacher_inverse(kN, 1);
+  for (int64_t r = 0; c.terms == Terms::kLimit && r < kN; r += 2) {
+    inverse[r] = teacher_inverse[r] = r == 4 ? 1e-4f : 0;
+  }
   std::vector<int64_t> labels{3, 700, -1, 1499, 0, 256, 1300};
   for (auto& label : labels) label = std::min(label, c.V - 1);
   std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
@@ -158,7 +160,7 @@ void run(const Case& c) {
   call.dstudent = written.rows();
   call.labels = labels.data();
   call.student_inv_temperature = inverse.data();
-  call.teacher_inv_temperature = ones.data();
+  call.teacher_inv_temperature = teacher_inverse.data();
   if (c.terms != Terms::kHardOnly) call.soft_weight = weight.data();
   if (c.terms != Terms::kSoft) call.hard_weight = weight.data();
   call.soft = soft.data();
