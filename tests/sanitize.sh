@@ -49,7 +49,7 @@ else
   # "limiting" them does not show.
   FASTKD_EMULATION=0 run tests --ignore=tests/test_spec.py --ignore=tests/test_emulation.py \
     -k "not reference and not compile and not limiting" "$@" || fail "FAILED, see above"
-  run tests/test_edges.py tests/test_backends.py tests/test_decoupled.py tests/test_sparse.py -k emulat "$@" ||
+  run tests/test_edges.py tests/test_backends.py tests/test_decoupled.py tests/test_sparse.py tests/test_limit.py -k emulat "$@" ||
     fail "FAILED under emulation, see above"
 fi
 printf 'SANITIZERS: passed, nothing found (%d s)\n' "$SECONDS"

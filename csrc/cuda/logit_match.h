@@ -230,7 +230,7 @@ class LogitMatch : RereadSlice<Exchange> {
   }
 
   static constexpr int kTerms = 12;  // of a series, |x| < 0.29
-  const float unit_;                // of the teacher's logits
+  const float unit_;                 // of the teacher's logits
   const float inverse_, beta_;
   float mean_ = 0, rest_ = 0, per_p_ = 1, from_student_ = 0;
 };
