@@ -10,8 +10,8 @@ logits, which T^2 KL matches: at T = infinity it is logit_match in fastkd/spec.p
     T^2 KL(q || p) = sum q T^2 (exp(-u / T) - 1 + u / T)                q (u - T KL)
     of a mixture            sum beta KL(p || m) + (1 - beta) KL(q || m), likewise
 
-They are rare. So this is kept out of the passes that matter, reads a row three times by loops that
-take every tile for a ragged one, and is the work of one program, of a split row too.
+They are rare. So this is kept out of the passes that matter, reads a row up to four times by loops
+that take every tile for a ragged one, and is the work of one program, of a split row too.
 """
 
 import triton

@@ -110,7 +110,7 @@ def test_every_target_of_the_wheel_is_measured():
 
 
 @needs_tools
-@pytest.mark.slow  # compiles the kernels for six targets, unless they are in the cache
+@pytest.mark.slow  # compiles the kernels for six targets; see cubins.py for when it does not
 @pytest.mark.parametrize("target", gate.TARGETS)
 def test_budgets(measured, target):
     kernels = measured["targets"][target]

@@ -75,7 +75,7 @@ def test_the_loss_goes_there(backend, beta):
     there, dthere = gradient(backend, z, v, beta=beta)
     for T in (1e2, 999.0, 1e3, 1e4, 1e5):
         value, grad = gradient(backend, z, v, beta=beta, temperature=T)
-        bound = 10 / T + direct(257, T, value.dtype)
+        bound = 10 / T + (direct(257, T, value.dtype) if T < 1000 else 0)
         assert ((value - there) / there).abs().max() < bound
         assert (grad - dthere).norm() < bound * dthere.norm()
 
@@ -117,8 +117,10 @@ def test_rows_that_are_not_flat_at_large_temperatures(backend, options):
     exact, dexact = gradient(REFERENCE, z.double(), v.double(), temperature=2000.0, **options)
     size = torch.stack((z, v)).nan_to_num(0, 0, 0).abs().amax((0, 2)).double()
     off = direct(40, 2000.0)
-    assert_close(value, exact, torch.float32, off * size * (1 + size))
-    assert_close(grad, dexact, torch.float32, (off * size).unsqueeze(-1).expand_as(grad))
+    # Where p and q are far apart, T^2 D has roundings of its own.
+    own = direct(40, 1.0) * exact.nan_to_num(0, 0, 0)
+    assert_close(value, exact, torch.float32, off * size + own)
+    assert_close(grad, dexact, torch.float32, off)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 7}, {"bottom_percentile": 20}, {"vocab_size": 90}])
