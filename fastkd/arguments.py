@@ -5,6 +5,7 @@ back: there a bad label or a bad per-row temperature makes its row NaN.
 """
 
 import math
+import operator
 from numbers import Real
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LABEL_DTYPES = (torch.int64, torch.int32)
+INDEX_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+)
 REDUCTIONS = ("batchmean", "sum", "none")
 TEACHER_KINDS = ("logits", "probs")
 
@@ -30,16 +39,47 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def as_int(name: str, value: Any, meaning: str = "an int") -> int:
+    """What Python takes for an index: an int, one of NumPy's, an integer tensor of one value."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
+
+
 def check_one_logits(name: str, logits: Tensor) -> torch.Size:
     """A floating tensor [..., V]; returns its shape."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor (torch.strided), got {logits.layout}: "
+            + (
+                "of nested tensors pass values(), whose rows are those of all sequences"
+                if logits.layout == torch.jagged
+                else "pass to_dense() of it"
+            )
+        )
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     shape = logits.shape
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(shape)}")
     return shape
+
+
+def check_index_dtype(name: str, values: Tensor) -> None:
+    if values.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            f"{name} must be of an integer dtype (int64 to int8, uint8 to uint32), "
+            f"got {values.dtype}"
+        )
 
 
 def check_constant(name: str, teacher: Tensor) -> None:
@@ -68,8 +108,7 @@ def check_sparse_teacher(
             raise ValueError(
                 f"{name} must have shape {(*student.shape[:-1], 'k')}, got {tuple(values.shape)}"
             )
-    if ids.dtype not in LABEL_DTYPES:
-        raise TypeError(f"teacher_ids must be int64 or int32, got {ids.dtype}")
+    check_index_dtype("teacher_ids", ids)
     if log_probs.dtype not in LOGITS_DTYPES:
         raise TypeError(f"teacher_log_probs must be of a floating dtype, got {log_probs.dtype}")
     if ids.shape != log_probs.shape or ids.shape[-1] == 0:
@@ -99,8 +138,7 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int | None) 
                 "pass vocab_size, the number of leading classes the two have in common"
             )
         return student
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    vocab_size = as_int("vocab_size", vocab_size, "an int or None")
     largest = student if teacher is None else min(student, teacher)
     if not 1 <= vocab_size <= largest:
         sizes = f"student {student}" + ("" if teacher is None else f", teacher {teacher}")
@@ -146,14 +184,14 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one value, got shape {tuple(num_items.shape)}")
-        if on_host(num_items) and not 0 < num_items.item() < math.inf:
-            raise ValueError(f"num_items must be finite and > 0, got {num_items.item()}")
+        if on_host(num_items) and not 0 <= num_items.item() < math.inf:
+            raise ValueError(f"num_items must be finite and >= 0, got {num_items.item()}")
     elif not is_number(num_items):
         raise TypeError(
             f"num_items must be a number or a tensor of one, got {type(num_items).__name__}"
         )
-    elif not 0 < num_items < math.inf:
-        raise ValueError(f"num_items must be finite and > 0, got {num_items}")
+    elif not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and >= 0, got {num_items}")
 
 
 def check_rows(name: str, values: Tensor, student: Tensor) -> Tensor:
@@ -162,16 +200,22 @@ def check_rows(name: str, values: Tensor, student: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(values).__name__}")
     leading = student.shape[:-1]
     if values.shape != leading and tuple(values.shape) != (math.prod(leading),):
+        hint = ""
+        if len(leading) > 1 and values.shape == leading[:1] + student.shape[2:]:
+            hint = (
+                f": it fits logits of {student.shape[1]} classes in dimension 1, and a loss takes "
+                "them in the last: pass logits.movedim(1, -1)"
+            )
         raise ValueError(
             f"{name} must hold one value per row: shape {tuple(leading)} or "
-            f"({math.prod(leading)},), got {tuple(values.shape)}"
+            f"({math.prod(leading)},), got {tuple(values.shape)}{hint}"
         )
     if values.device != student.device:
         raise ValueError(f"{name} must be on the device of the logits, {student.device}, "
                          f"got {values.device}")  # fmt: skip
     if values.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, but it is a constant here: detach it")
-    return values.reshape(-1)
+    return values.reshape(-1).contiguous()
 
 
 def check_alpha(alpha: float, labels: Tensor | None) -> None:
@@ -206,10 +250,7 @@ def check_labels(
         return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor or None, got {type(labels).__name__}")
-    if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_index_dtype("labels", labels)
     flat = check_rows("labels", labels, student).to(torch.int64)
     if on_host(flat) and flat.numel():
         low, high = flat.aminmax()
@@ -226,7 +267,11 @@ def check_labels(
 def check_temperature(
     name: str, temperature: float | Tensor, student: Tensor, limit: bool = False
 ) -> float | Tensor:
-    """A finite number > 0, or a flat tensor [N] of them; with `limit` the number may be inf."""
+    """A finite number > 0, or a flat tensor [N] of them; with `limit` the number may be inf.
+
+    A tensor of one value is that for all rows, and one of shape [..., 1] has one for each, as a
+    reduction with keepdim=True leaves it.
+    """
     if not isinstance(temperature, Tensor):
         if not is_number(temperature):
             raise TypeError(
@@ -238,6 +283,11 @@ def check_temperature(
         return float(temperature)
     if not temperature.is_floating_point():
         raise TypeError(f"{name} must be of a floating dtype, got {temperature.dtype}")
+    leading = student.shape[:-1]
+    if temperature.dim() == len(leading) + 1 and temperature.shape[-1] == 1:
+        temperature = temperature.squeeze(-1)
+    if temperature.numel() == 1 and temperature.dim() < 2:
+        temperature = temperature.reshape(()).expand(leading)
     flat = check_rows(name, temperature, student)
     if on_host(flat):
         bad = ~((flat > 0) & (flat < math.inf))
@@ -275,16 +325,23 @@ def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> 
         # 0.29 * 100 is 28.999999999999996 in binary: without the 1e-6 one class too few would go.
         keep = vocab_size - int(vocab_size * bottom_percentile / 100 + 1e-6)
     if top_k is not None:
-        if not isinstance(top_k, int) or isinstance(top_k, bool):
-            raise TypeError(f"top_k must be an int or None, got {type(top_k).__name__}")
+        top_k = as_int("top_k", top_k, "an int or None")
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
         keep = min(keep, top_k)
     return max(keep, 1)
 
 
-def check_inplace(student: Tensor) -> None:
-    """Whether the gradient may be written over the student's logits."""
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first address of its elements, and the one after the last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def check_inplace(student: Tensor, teacher: Tensor | None) -> None:
+    """Whether the gradient may be written over the student's logits, of which `teacher` may be a
+    view only if it is the same one: other rows would be read after they were overwritten."""
     if not student.requires_grad or not torch.is_grad_enabled():
         return
     base = student if student._base is None else student._base
@@ -294,7 +351,7 @@ def check_inplace(student: Tensor) -> None:
             "requires a gradient: pass inplace=False, or the output of the model"
         )
     if torch.compiler.is_compiling():  # strides may be symbols, which have no order
-        return
+        return  # the ops look at the teacher's memory themselves
     # Ordered by stride, each dimension must step over the whole of the one before.
     reach = 0
     overlap = False
@@ -307,4 +364,18 @@ def check_inplace(student: Tensor) -> None:
             "inplace=True needs student_logits whose elements each have memory of their own, got "
             f"an expanded or overlapping tensor of shape {tuple(student.shape)} with strides "
             f"{student.stride()}: pass student_logits.clone()"
+        )
+    if teacher is None or student.numel() == 0 or student.is_meta:
+        return
+    if type(student) is not Tensor or type(teacher) is not Tensor:
+        return  # a fake tensor has no memory
+    if student.dtype == teacher.dtype and student.stride() == teacher.stride():
+        if student.data_ptr() == teacher.data_ptr():
+            return
+    begin, end = _extent(student)
+    teacher_begin, teacher_end = _extent(teacher)
+    if begin < teacher_end and teacher_begin < end:
+        raise ValueError(
+            "inplace=True overwrites student_logits, and teacher_logits lies in the same memory "
+            "without being the same view: pass teacher_logits.clone(), or inplace=False"
         )

@@ -5,6 +5,7 @@ C++ (csrc/); the other backends register the same schema under a name of their o
 backend asked for by name is that backend and no other.
 """
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -42,20 +43,20 @@ SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
 
 
 def _kd_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    N = student.shape[:-1].numel()
+    N = math.prod(student.shape[:-1])
     dtype = spec.compute_dtype(student, teacher)
     return student.new_empty(N, dtype=dtype), student.new_empty(N, dtype=dtype)
 
 
 def _topk_rows_fake(student: Tensor, ids: Tensor, log_probs: Tensor, *_: Any) -> Any:
-    N = student.shape[:-1].numel()
+    N = math.prod(student.shape[:-1])
     return log_probs.new_empty(N), log_probs.new_empty(N)
 
 
 def _sparse_teacher_fake(
     ids: Tensor, log_probs: Tensor, vocab_size: int, bucket: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_rest = log_probs.new_empty(len(ids) if bucket else 0)
+    log_rest = log_probs.new_empty(ids.shape[0] if bucket else 0)
     return torch.empty_like(ids), torch.empty_like(log_probs), log_rest
 
 

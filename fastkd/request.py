@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import (
+    as_int,
     check_inplace,
     check_keep,
     check_labels,
@@ -64,7 +65,13 @@ def _inverse_and_square(
         return _filled(1 / temperature, N, logits, dtype), squared
     temperature = temperature.detach().to(dtype)
     usable = (temperature > 0) & (temperature < torch.inf)
-    return torch.where(usable, 1 / temperature, torch.nan), temperature.square()
+    temperature = torch.where(usable, temperature, torch.nan)  # 0^2 would have the row skipped
+    return 1 / temperature, temperature.square()
+
+
+def _check_nothing_counts(counts: bool, num_items: float) -> None:
+    if counts:
+        raise ValueError(f"num_items must be > 0 where a row counts, got {num_items}")
 
 
 def _row_scales(
@@ -88,13 +95,17 @@ def _row_scales(
         if num_items is not None:
             divisor = num_items
             if isinstance(num_items, Tensor):  # of any shape: it must not add dimensions to rows
-                divisor = num_items.detach().to(like.dtype).reshape(())
+                on_device = num_items.detach().to(like.dtype).reshape(())
+                divisor = num_items.item() if on_host(num_items) else on_device
         elif counting is not None:
             divisor = counting.sum().clamp_min(1)
         else:
             divisor = max(N, 1)
     weights = counting if token_weights is None else token_weights.detach()
     if weights is None and not isinstance(divisor, Tensor):
+        if divisor == 0:
+            _check_nothing_counts(N > 0, divisor)
+            divisor = 1.0
         if isinstance(squared_temperature, Tensor):
             return squared_temperature / divisor, None
         scale = squared_temperature / divisor
@@ -102,8 +113,12 @@ def _row_scales(
     hard = torch.ones_like(like) if weights is None else weights.to(like.dtype)
     if counting is not None and token_weights is not None:
         hard = torch.where(counting, hard, 0)
-    if isinstance(divisor, Tensor) or divisor != 1:
-        hard = hard / divisor
+    if num_items is None:
+        hard = hard / divisor if isinstance(divisor, Tensor) or divisor != 1 else hard
+    else:  # which may be 0 where every row is ignored
+        if on_host(hard) and not isinstance(divisor, Tensor) and divisor == 0:
+            _check_nothing_counts(bool(hard.any()), divisor)
+        hard = torch.where(hard == 0, 0, hard / divisor)
     if isinstance(squared_temperature, Tensor):
         return torch.where(hard == 0, 0, hard * squared_temperature), hard
     return (hard if squared_temperature == 1 else hard * squared_temperature), hard
@@ -116,7 +131,9 @@ def _term(scale: Tensor | None, mix: float) -> Term:
     """`scale` is what a row's term counts before it is mixed with the others."""
     if scale is None:
         return NOT_COMPUTED
-    return Term(scale if mix == 1 else scale * mix, scale, mix != 0)
+    if mix == 0:  # a product would keep the NaN of a temperature that is not usable
+        return Term(torch.zeros_like(scale), scale, False)
+    return Term(scale if mix == 1 else scale * mix, scale, True)
 
 
 def request(
@@ -158,6 +175,8 @@ def request(
         dtype = compute_dtype(student_logits, teacher)
     check_teacher_kind(teacher_kind)
     check_reduction(reduction, num_items)
+    if labels is not None:
+        ignore_index = as_int("ignore_index", ignore_index)
     labels = check_labels(labels, student_logits, vocab, ignore_index)
     has_limit = target is None and not sparse
     temperature = check_temperature("temperature", temperature, student_logits, has_limit)
@@ -169,9 +188,9 @@ def request(
     if token_weights is not None:
         token_weights = check_rows("token_weights", token_weights, student_logits)
     if inplace:
-        check_inplace(student_logits)
+        check_inplace(student_logits, None if isinstance(teacher, SparseTeacher) else teacher)
 
-    N = student_logits.shape[:-1].numel()
+    N = math.prod(student_logits.shape[:-1])
     student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
     teacher_inverse = student_inverse
     if teacher_temperature is not None:

@@ -1,17 +1,20 @@
 """Teachers of a few classes a row: computed once, cached, or cut from full logits."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import (
+    as_int,
     check_alpha,
     check_one_logits,
     check_sparse_teacher,
     check_vocab_size,
 )
 from .autograd import SparseTeacher, kd_terms
+from .chunks import chunks, take
 from .loss import KDLossOutput
 from .ops import choose_backend
 from .request import request
@@ -45,21 +48,20 @@ def topk_teacher(teacher_logits: Tensor, k: int, vocab_size: int | None = None) 
     """
     check_one_logits("teacher_logits", teacher_logits)
     vocab = check_vocab_size(vocab_size, teacher_logits.shape[-1], None)
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    k = as_int("k", k)
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
     leading = teacher_logits.shape[:-1]
     dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
-    rows = teacher_logits.detach()[..., :vocab].reshape(-1, vocab)
-    ids = torch.empty(len(rows), min(k, vocab), dtype=torch.int64, device=rows.device)
-    log_probs = torch.empty(ids.shape, dtype=dtype, device=rows.device)
-    step = max(1, (1 << 22) // vocab)
-    for some in (slice(begin, begin + step) for begin in range(0, len(rows), step)):
-        values, ids[some] = rows[some].topk(ids.shape[1], dim=-1)
-        lse = rows[some].to(dtype).logsumexp(-1, keepdim=True)
-        log_probs[some] = values.to(dtype) - lse
-    return TopKTeacher(ids.view(*leading, -1), log_probs.view(*leading, -1))
+    shape = (math.prod(leading), min(k, vocab))
+    ids = torch.empty(shape, dtype=torch.int64, device=teacher_logits.device)
+    log_probs = torch.empty(shape, dtype=dtype, device=teacher_logits.device)
+    for rows in chunks(teacher_logits):
+        logits = take(teacher_logits.detach(), rows)[:, :vocab]
+        values, ids[rows] = logits.topk(shape[1], dim=-1)
+        lse = logits.to(dtype).logsumexp(-1, keepdim=True)
+        log_probs[rows] = values.to(dtype) - lse
+    return TopKTeacher(ids.view(*leading, shape[1]), log_probs.view(*leading, shape[1]))
 
 
 def topk_kd_loss(

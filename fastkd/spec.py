@@ -230,9 +230,10 @@ def _kd_rows(
     soft = hard = target = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
 
-    def add(gradient: Tensor, weight: Tensor, term: Tensor) -> Tensor:
-        weight = weight.unsqueeze(-1)
-        return gradient + torch.where(weight == 0, 0, weight * term)
+    def add(gradient: Tensor, weight: Tensor, term: Tensor, slope: Tensor | None = None) -> Tensor:
+        scaled = weight if slope is None else weight * slope
+        product = scaled.unsqueeze(-1) * term
+        return gradient + product.masked_fill((weight == 0).unsqueeze(-1), 0)
 
     if soft_weight is not None:
         x = z * student_inv_temperature.unsqueeze(-1)
@@ -257,9 +258,9 @@ def _kd_rows(
                 target.masked_fill(bad, NAN),
                 dtarget.masked_fill(bad.unsqueeze(-1), NAN),
             )
-            gradient = add(gradient, target_weight * student_inv_temperature, dtarget)
+            gradient = add(gradient, target_weight, dtarget, slope)
         soft, dx = soft.masked_fill(bad, NAN), dx.masked_fill(bad.unsqueeze(-1), NAN)
-        gradient = add(gradient, soft_weight * slope, dx)
+        gradient = add(gradient, soft_weight, dx, slope)
     if hard_weight is not None:
         assert labels is not None, "the hard term needs labels"
         hard, dz = hard_term(z, labels)
@@ -360,7 +361,7 @@ def topk_rows(
             dx = torch.where(inside, dx[:, :-1], dx[:, -1:] * share)
         soft, dx = soft.masked_fill(lost, NAN), dx.masked_fill(lost.unsqueeze(-1), NAN)
         weight = (soft_weight * student_inv_temperature).unsqueeze(-1)
-        gradient = torch.where(weight == 0, 0, weight * dx)
+        gradient = (weight * dx).masked_fill((soft_weight == 0).unsqueeze(-1), 0)
     if hard_weight is not None:
         assert labels is not None, "the hard term needs labels"
         hard, dz = hard_term(z, labels)

@@ -46,22 +46,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
+    as_int,
     check_constant,
     check_labels,
     check_one_logits,
     check_temperature,
     is_number,
 )
+from .chunks import chunks, take
 
-CHUNK = 1 << 22  # logits at a time: bounds the memory beside the result
 MEANS = ("probs", "logits")
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def _weights(weights: Sequence[float] | Tensor | None, count: int) -> list[float]:
     """One per teacher, of sum 1."""
     if weights is None:
         return [1 / count] * count
-    values = list(weights)
+    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(values) != count:
         raise ValueError(f"weights must hold one per teacher, {count}, got {len(values)}")
     for weight in values:
@@ -96,7 +97,7 @@ def _check_teachers(teachers: Sequence[Tensor]) -> None:
 
 def ensemble(
     teacher_logits_list: Iterable[Tensor],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     mean: str = "probs",
 ) -> Tensor:
@@ -122,8 +123,8 @@ def ensemble(
     Args:
         teacher_logits_list: tensors [..., V] of one shape and device; float32, bfloat16, float16
             and float64 may be mixed. Any strides.
-        weights: one number >= 0 per teacher, normalised to sum 1; None: equal. A teacher of weight
-            0 is not read.
+        weights: one number >= 0 per teacher, a sequence or a tensor [M] of them (which is read to
+            the host), normalised to sum 1; None: equal. A teacher of weight 0 is not read.
         temperature: T > 0, a number or a floating tensor with one value per row.
         mean: "probs" or "logits".
 
@@ -153,21 +154,16 @@ def ensemble(
     members = [(v, share) for v, share in zip(teachers, shares, strict=True) if share > 0]
     double = any(v.dtype == torch.float64 for v in teachers)
     dtype = torch.float64 if double else torch.float32
-    leading, V = first.shape[:-1], first.shape[-1]
-    N = leading.numel()
+    V = first.shape[-1]
     with torch.no_grad():
-        result = torch.empty(N, V, dtype=dtype, device=first.device)
-        step = max(1, CHUNK // V)
-        for begin in range(0, N, step):
-            rows = torch.arange(begin, min(begin + step, N), device=first.device)
-            # Of any strides: reshape(-1, V) might copy a whole teacher.
-            index = torch.unravel_index(rows, leading) if leading else ()
+        result = torch.empty(math.prod(first.shape[:-1]), V, dtype=dtype, device=first.device)
+        for rows in chunks(first):
             T = temperature
             if isinstance(T, Tensor):
                 T = T[rows].to(dtype).unsqueeze(-1)
-            chunk = result[begin : begin + step]
+            chunk = result[rows]
             for i, (v, share) in enumerate(members):
-                values = v[index].to(dtype).reshape(-1, V)
+                values = take(v, rows).to(dtype)
                 if mean == "logits":
                     values = values * share
                     chunk.copy_(values if i == 0 else chunk + values)
@@ -217,23 +213,22 @@ def class_bias(
     """
     check_one_logits("logits", logits)
     V = logits.shape[-1]
-    inside = list(classes)
+    inside = [as_int("classes", index, "a sequence of ints") for index in classes]
     for index in inside:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(f"classes must hold ints, got {type(index).__name__}")
         if not 0 <= index < V:
             raise ValueError(f"classes must lie in [0, {V}), got {index}")
     if not 0 < len(set(inside)) == len(inside) < V:
         raise ValueError(f"classes must be some of the {V}, not all, each once, got {inside}")
     if labels is None:
         raise TypeError("labels must be a torch.Tensor, got NoneType")
+    ignore_index = as_int("ignore_index", ignore_index)
     flat = check_labels(labels, logits, V, ignore_index)
     assert flat is not None
 
     counting = flat != ignore_index
     z = logits.detach().reshape(-1, V)[counting].double().cpu()
     flat = flat[counting].cpu()
-    member = torch.zeros(V, dtype=torch.bool)
+    member = torch.zeros(V, dtype=torch.bool, device="cpu")
     member[inside] = True
     best_inside = z.masked_fill(~member, -math.inf).max(-1)
     best_outside = z.masked_fill(member, -math.inf).max(-1)

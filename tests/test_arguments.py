@@ -1,5 +1,6 @@
 """Every bad input: the exception and its words, the same from every backend; nothing is touched."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, INF, NAN, normal, some_labels
@@ -48,6 +49,22 @@ BAD = {
         {"student": torch.ones(N, 0), "teacher": torch.ones(N, 0)},
         ValueError,
         ["student_logits", f"({N}, 0)"],
+    ),
+    "student COO": ({"student": torch.ones(N, V).to_sparse()}, TypeError, ["student", "to_dense"]),
+    "teacher COO": ({"teacher": torch.ones(N, V).to_sparse()}, TypeError, ["teacher", "to_dense"]),
+    "student jagged": (
+        {"student": torch.nested.nested_tensor([torch.ones(2, V)] * 2, layout=torch.jagged)},
+        TypeError,
+        ["student_logits", "jagged", "values()"],
+    ),
+    "classes in dimension 1": (
+        {
+            "student": torch.ones(2, V, 4, 3),
+            "teacher": torch.ones(2, V, 4, 3),
+            "labels": torch.ones(2, 4, 3).long(),
+        },
+        ValueError,
+        ["labels", "dimension 1", "movedim"],
     ),
     "leading shapes": (
         {"teacher": torch.ones(N + 1, V)},
@@ -105,12 +122,13 @@ BAD = {
         for value in (0.0, -1.0, NAN, INF)
     },
     "temperature rows": ({"temperature": torch.ones(N + 1)}, ValueError, ["temperature", "(5,)"]),
-    "temperature column": (
-        {"temperature": torch.ones(N, 1)},
+    "temperature matrix": (
+        {"temperature": torch.ones(N, 2)},
         ValueError,
-        ["temperature", "(4, 1)"],
+        ["temperature", "(4, 2)"],
     ),
-    "temperature 0-dim": ({"temperature": torch.tensor(2.0)}, ValueError, ["temperature", "()"]),
+    "temperature row of columns": ({"temperature": torch.ones(1, N)}, ValueError, ["(1, 4)"]),
+    "temperature 0-dim 0": ({"temperature": torch.tensor(0.0)}, ValueError, ["temperature", "0.0"]),
     "temperature device": (
         {"temperature": torch.ones(N, device="meta")},
         ValueError,
@@ -142,7 +160,9 @@ BAD = {
     "top_k -3": ({"top_k": -3}, ValueError, ["top_k", "-3"]),
     "top_k float": ({"top_k": 2.0}, TypeError, ["top_k", "float"]),
     "top_k bool": ({"top_k": True}, TypeError, ["top_k", "bool"]),
-    "top_k tensor": ({"top_k": torch.tensor(2)}, TypeError, ["top_k", "Tensor"]),
+    "top_k float tensor": ({"top_k": torch.tensor(2.0)}, TypeError, ["top_k", "Tensor"]),
+    "top_k tensor 0": ({"top_k": torch.tensor(0)}, ValueError, ["top_k", "got 0"]),
+    "top_k tensor of two": ({"top_k": torch.tensor([2, 3])}, TypeError, ["top_k", "Tensor"]),
     **{
         f"bottom_percentile {value}": (
             {"bottom_percentile": value},
@@ -157,7 +177,6 @@ BAD = {
     "labels list": ({"labels": [0] * N}, TypeError, ["labels", "list"]),
     "labels float": ({"labels": torch.ones(N)}, TypeError, ["labels", "float32"]),
     "labels bool": ({"labels": torch.ones(N).bool()}, TypeError, ["labels", "bool"]),
-    "labels uint8": ({"labels": torch.ones(N).byte()}, TypeError, ["labels", "uint8"]),
     "labels shape": ({"labels": LABELS[:3]}, ValueError, ["labels", "(3,)"]),
     "labels onehot": ({"labels": torch.ones(N, V).long()}, ValueError, ["labels", f"({N}, {V})"]),
     "labels device": (
@@ -238,7 +257,7 @@ def snapshot(values) -> list:
     return [
         (v, v._version, _bytes(v))
         for v in values
-        if isinstance(v, torch.Tensor) and v.device.type != "meta"
+        if isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
     ]
 
 
@@ -277,6 +296,89 @@ def test_good_arguments_are_good(changes, backend):
     positional, keywords = arguments(changes)
     positional = [x.to(backend.device) if torch.is_tensor(x) else x for x in positional]
     assert kd_loss(*positional, inplace=True, backend=backend.name, **keywords).isfinite()
+
+
+BATCH = torch.full((N, 3), 2, dtype=torch.long)
+ROWS = torch.linspace(1, 2, N)
+ACCEPTED = {  # what is given, and what it means
+    "temperature of one value": ({"temperature": torch.tensor(2.0)}, {"temperature": 2.0}),
+    "temperature [1]": ({"temperature": torch.tensor([2.0])}, {"temperature": 2.0}),
+    "temperature float64": ({"temperature": torch.tensor(2.0).double()}, {"temperature": 2.0}),
+    "teacher_temperature of one": (
+        {"teacher_temperature": torch.tensor(3.0)},
+        {"teacher_temperature": 3.0},
+    ),
+    "temperature keepdim": ({"temperature": ROWS[:, None]}, {"temperature": ROWS}),
+    "temperature expanded": (
+        {"temperature": torch.tensor(2.0).expand(N)},
+        {"temperature": torch.full((N,), 2.0)},
+    ),
+    "temperature strided": (
+        {"temperature": torch.stack([ROWS, ROWS + 1], 1)[:, 0]},
+        {"temperature": ROWS},
+    ),
+    "top_k of numpy": ({"top_k": np.int64(3)}, {"top_k": 3}),
+    "top_k tensor": ({"top_k": torch.tensor(3)}, {"top_k": 3}),
+    "vocab_size of numpy": ({"vocab_size": np.int32(9)}, {"vocab_size": 9}),
+    "vocab_size tensor": ({"vocab_size": torch.tensor(9)}, {"vocab_size": 9}),
+    "ignore_index of numpy": ({"ignore_index": np.int64(2)}, {"ignore_index": 2}),
+    "labels strided": ({"labels": BATCH[:, 0]}, {"labels": BATCH[:, 0].clone()}),
+    "labels expanded": (
+        {"labels": torch.tensor(2).expand(N)},
+        {"labels": torch.full((N,), 2)},
+    ),
+    **{
+        f"labels {dtype}": ({"labels": BATCH[:, 0].to(dtype)}, {"labels": BATCH[:, 0].clone()})
+        for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
+    },
+    "labels uint8, 255 ignored": (
+        {"labels": torch.tensor([1, 2, 255, 3], dtype=torch.uint8), "ignore_index": 255},
+        {"labels": torch.tensor([1, 2, -100, 3])},
+    ),
+    "labels uint16, 65535 ignored": (
+        {"labels": torch.tensor([1, 2, 65535, 3]).to(torch.uint16), "ignore_index": 65535},
+        {"labels": torch.tensor([1, 2, -100, 3])},
+    ),
+    "weights strided": (
+        {"token_weights": torch.stack([ROWS, ROWS], 1)[:, 0], "reduction": "sum"},
+        {"token_weights": ROWS, "reduction": "sum"},
+    ),
+    "weights expanded": (
+        {"token_weights": torch.tensor(0.5).expand(N), "reduction": "sum", "labels": None},
+        {"token_weights": torch.full((N,), 0.5), "reduction": "sum", "labels": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(case, backend):
+    """As a number, a flat contiguous tensor or one of int64 means it."""
+    results = []
+    for changes in ACCEPTED[case]:
+        changes = {"alpha": 0.5, "reduction": "none", **changes}
+        if changes.get("labels", LABELS) is None:
+            changes["alpha"] = 1.0
+        positional, keywords = arguments(changes)
+        before = snapshot([*positional, *keywords.values()])
+        (student, *others), keywords = moved((positional, keywords), backend.device)
+        loss = kd_loss(student, *others, backend=backend.name, **keywords)
+        results.append((loss, *torch.autograd.grad(loss.sum(), student)))
+        untouched(before)
+    for given, meant in zip(*results, strict=True):
+        assert torch.equal(given, meant)
+
+
+def moved(arguments, device: str):
+    """To `device`, strides and all; the student with its graph."""
+    positional, keywords = arguments
+    (student, *others) = positional
+    student = student.detach().to(device).requires_grad_()
+    others = [x if x is None else x.to(device) for x in others]
+    keywords = {
+        k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() else v
+        for k, v in keywords.items()
+    }
+    return (student, *others), keywords
 
 
 @pytest.mark.parametrize("bad", ["mps", "", "CPU", None, 3, ["cpu"]])

@@ -8,7 +8,7 @@ from bounds import Allowance
 from conftest import BETAS, INF, NAN, assert_close, check, normal, pair, run, some_labels
 
 import fastkd
-from fastkd import kd_loss
+from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 9: less than a vector; 1100: the infinite column may lie in the first chunk of 1024 or the second.
@@ -290,6 +290,67 @@ def test_every_row_ignored(backend, reduction, inplace):
             assert (loss == 0).all() and loss.requires_grad
             loss.sum().backward()
             assert (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("unchecked", [False, True], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("of", ["number", "tensor"])
+def test_num_items_0_where_every_row_is_ignored(backend, monkeypatch, of, unchecked):
+    """As a trainer counts them where truncation cut every answer. A row that counts is an error of
+    the caller; where it cannot be looked at, its loss is infinite."""
+    if unchecked:
+        monkeypatch.setattr(fastkd.request, "on_host", lambda tensor: False)
+        monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+    s, t = (x.to(backend.device) for x in pair(4, 7))
+    s[0, 0] = NAN
+    num_items = 0 if of == "number" else torch.zeros((), dtype=torch.long, device=backend.device)
+    labels = torch.full((4,), -100, device=backend.device)
+    ignored = {"kd": lambda z: kd_loss(z, t, labels, alpha=0.5, **options),
+               "dkd": lambda z: dkd_loss(z, t, labels, **options),
+               "topk": lambda z: topk_kd_loss(z, *topk_teacher(t, 3), labels, **options),
+               "weights": lambda z: kd_loss(z[1:], t[1:], token_weights=t.new_zeros(3), **options),
+               "no rows": lambda z: kd_loss(z[:0], t[:0], **options)}  # fmt: skip
+    options = {"num_items": num_items, "backend": backend.name}
+    for name, loss in ignored.items():
+        leaf = s.clone().requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        assert value == 0 and (leaf.grad == 0).all(), name
+    labels[1] = 2
+    if not unchecked:
+        with pytest.raises(ValueError, match="num_items must be > 0 where a row counts, got 0"):
+            kd_loss(s, t, labels, **options)
+    elif of == "tensor":
+        assert kd_loss(s, t, labels, **options) == INF
+
+
+@pytest.mark.parametrize("T", [0.0, -1.0, INF, NAN])
+@pytest.mark.parametrize("which", ["temperature", "teacher_temperature"])
+def test_a_temperature_that_could_not_be_checked(backend, monkeypatch, which, T):
+    """NaN for its row, and in no other; not a row that is skipped since T^2 is 0."""
+    monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+    s, t = (x.to(backend.device) for x in pair(3, 7))
+    labels = torch.tensor([1, 2, 3], device=backend.device)
+    temperature = torch.tensor([1.0, T, 2.0], device=backend.device)
+    options = {which: temperature, "reduction": "none", "backend": backend.name}
+    for loss in (
+        lambda z: kd_loss(z, t, **options),
+        lambda z: kd_loss(z, t, labels, alpha=0.5, **options),
+        lambda z: kd_loss(z, t, beta=0.5, **options),
+        lambda z: dkd_loss(z, t, labels, hard_weight=1.0, **options),
+        lambda z: topk_kd_loss(z, *topk_teacher(t, 3), **options),
+    ):
+        leaf = s.clone().requires_grad_()
+        value = loss(leaf)
+        value.sum().backward()
+        assert value.isnan().tolist() == [False, True, False]
+        assert leaf.grad.isnan().all(-1).tolist() == [False, True, False]
+        assert leaf.grad[[0, 2]].isfinite().all()
+    # Where the soft term has no part in the loss it leaves no trace.
+    leaf = s.clone().requires_grad_()
+    out = kd_loss(leaf, t, labels, alpha=0.0, return_terms=True, **options)
+    out.loss.sum().backward()
+    assert out.soft.isnan().tolist() == [False, True, False]
+    assert out.loss.isfinite().all() and leaf.grad.isfinite().all()
 
 
 def test_classes_beyond_vocab_size_get_exactly_0(kernel):

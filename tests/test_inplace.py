@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import normal, pair, run, some_labels
+from conftest import _Graft, normal, pair, run, some_labels
 from torch.profiler import ProfilerActivity, profile
 
 import fastkd
-from fastkd import kd_loss
+from fastkd import dkd_loss, kd_loss
 
 
 def on(backend, *tensors):
@@ -78,6 +78,49 @@ def test_inplace_refuses_logits_changed_after_the_call(backend):
         logits.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+OVERLAPS = {  # student and teacher from [2, 6, 40]
+    "shifted": lambda x: (x[:, 1:], x[:, :-1]),
+    "shifted back": lambda x: (x[:, :-1], x[:, 1:]),
+    "other columns": lambda x: (x[..., 8:], x[..., :-8]),
+    "of other strides": lambda x: (x[0], x[0].as_strided((6, 40), (20, 1))),
+    "as another dtype": lambda x: (x.view(torch.bfloat16)[..., :40], x),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("loss", [kd_loss, dkd_loss], ids=["kd", "dkd"])
+def test_inplace_refuses_a_teacher_that_it_would_overwrite(backend, name, loss):
+    student, teacher = OVERLAPS[name](normal(2, 6, 40).to(backend.device))
+    labels = torch.zeros(student.shape[:-1], dtype=torch.long, device=backend.device)
+    root = torch.zeros((), device=backend.device, requires_grad=True)
+    student = _Graft.apply(student, root)
+    before = student.detach().clone()
+    with pytest.raises(ValueError, match="same memory"):
+        loss(student, teacher.detach(), labels, inplace=True, backend=backend.name)
+    assert torch.equal(student, before)
+
+
+def test_inplace_takes_a_teacher_that_is_the_same_view(backend):
+    s = normal(3, 40).to(backend.device).requires_grad_()
+    for view in (lambda x: x, lambda x: x[1:, 3:]):
+        logits = s * 1
+        loss = kd_loss(view(logits), view(logits).detach(), inplace=True, backend=backend.name)
+        assert loss == 0
+        assert (torch.autograd.grad(loss, s)[0] == 0).all()
+
+
+def test_inplace_takes_a_teacher_beside_it_in_the_same_storage(backend):
+    """As of one batch of which a half is the student's and a half the teacher's."""
+    both = normal(6, 40).to(backend.device)
+    expected = run(backend, both[:3].clone(), both[3:].clone())
+    root = torch.zeros((), device=backend.device, requires_grad=True)
+    student = _Graft.apply(both[:3], root)
+    loss = kd_loss(student, both[3:].detach(), inplace=True, backend=backend.name)
+    loss.backward()
+    assert torch.equal(loss.detach().cpu(), expected.loss)
+    assert torch.equal(both[:3].cpu(), expected.gradient)
 
 
 def test_inplace_allocates_no_gradient():

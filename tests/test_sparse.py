@@ -9,8 +9,9 @@ from bounds import SparseAllowance
 from conftest import INF, NAN, assert_close, normal, pair, some_labels
 from torch import Tensor
 from torch.library import opcheck
+from torch.profiler import ProfilerActivity, profile
 
-from fastkd import TopKKDLoss, arguments, kd_loss, spec, topk_kd_loss, topk_teacher
+from fastkd import TopKKDLoss, arguments, chunks, kd_loss, spec, topk_kd_loss, topk_teacher
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
 Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
@@ -359,6 +360,39 @@ def test_arguments(change, error, message):
     ids, log_probs = given.pop("ids"), given.pop("log_probs")
     with pytest.raises(error, match=message):
         topk_kd_loss(normal(2, 20), ids, log_probs, **given)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (0, 3, 7)])
+def test_a_teacher_of_no_rows(shape):
+    for k in (3, 9):
+        ids, log_probs = topk_teacher(torch.empty(shape), k)
+        assert ids.shape == log_probs.shape == (*shape[:-1], min(k, 7))
+        student = torch.empty(shape, requires_grad=True)
+        loss = topk_kd_loss(student, ids, log_probs)
+        loss.backward()
+        assert loss == 0 and student.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t,
+        lambda t: t[:, :-1],
+        lambda t: t[:, :, 1:],
+        lambda t: t.transpose(0, 1),
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    ],
+)
+def test_a_teacher_of_any_strides_is_read_a_few_rows_at_a_time(monkeypatch, view):
+    logits = view(normal(4, 33, 400))
+    monkeypatch.setattr(chunks, "LOGITS", 10 * 400)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        actual = topk_teacher(logits, 5)
+    largest = max(event.self_cpu_memory_usage for event in profiler.events())
+    assert largest <= 4 * 10 * 400
+    expected = topk_teacher(logits.contiguous(), 5)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_the_teacher_and_the_module():

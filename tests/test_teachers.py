@@ -11,7 +11,7 @@ from conftest import INF, NAN, normal, pair, run
 from torch.profiler import ProfilerActivity, profile
 
 import fastkd
-from fastkd import teachers as module
+from fastkd import chunks, teachers
 
 
 def members(*shape, count=3, dtype=torch.float64):
@@ -32,7 +32,7 @@ def test_the_recipes_and_examples_of_the_docstrings():
         "inputs": torch.randn(8, 6), "labels": torch.arange(8), **model,
         "specialist_logits": torch.randn(8, 4),
     }  # fmt: skip
-    failed, attempted = doctest.testmod(module, extraglobs=names)
+    failed, attempted = doctest.testmod(teachers, extraglobs=names)
     assert attempted >= 12 and failed == 0
     assert all(m.weight.grad is not None for n, m in model.items() if n != "teacher")
     assert model["teacher"].weight.grad is None
@@ -91,7 +91,7 @@ def test_dtypes_may_be_mixed():
 def test_leading_shapes_strides_and_chunks(monkeypatch, mean):
     flat = members(24, 7)
     expected = fastkd.ensemble(flat, temperature=2.0, mean=mean)
-    monkeypatch.setattr(module, "CHUNK", 5 * 7)  # 5 chunks, the last one shorter
+    monkeypatch.setattr(chunks, "LOGITS", 5 * 7)  # 5 chunks, the last one shorter
     assert torch.equal(fastkd.ensemble(flat, temperature=2.0, mean=mean), expected)
     for shape in ((2, 12, 7), (2, 3, 4, 7), (24, 1, 7)):
         views = [v.reshape(shape) for v in flat]
@@ -134,6 +134,19 @@ def test_no_value_is_read_back():
         torch.testing.assert_close(actual, expected)
 
 
+def test_class_bias_under_a_default_device():
+    logits, labels = torch.tensor([[1.0, 0.0], [5.0, 0.0]]), torch.tensor([1, 0])
+    with torch.device("meta"):
+        assert fastkd.class_bias(logits, labels, [1]) == 3.0
+
+
+def test_weights_may_be_a_tensor():
+    teachers = members(4, 9)
+    expected = fastkd.ensemble(teachers, [1.0, 2.0, 5.0])
+    for weights in (torch.tensor([1, 2, 5]), torch.tensor([1.0, 2.0, 5.0])):
+        assert torch.equal(fastkd.ensemble(teachers, weights), expected)
+
+
 def test_a_small_probability_keeps_its_logarithm():
     v = torch.tensor([[0.0, -300.0, -90.0]])
     logits = fastkd.ensemble([v, v, v])
@@ -144,7 +157,7 @@ def test_a_small_probability_keeps_its_logarithm():
 def test_memory_is_the_result_and_a_few_chunks(monkeypatch):
     N, V = 64, 4096
     teachers = members(N, V, count=6, dtype=torch.float32)
-    monkeypatch.setattr(module, "CHUNK", 2 * V)
+    monkeypatch.setattr(chunks, "LOGITS", 2 * V)
     for mean in ("probs", "logits"):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             fastkd.ensemble(teachers, mean=mean)

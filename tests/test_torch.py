@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import BETAS, normal, pair, run, some_labels
+from conftest import BACKENDS, BETAS, normal, pair, run, some_labels
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from fastkd import KDLoss, KDLossOutput, kd_loss
+from fastkd import KDLoss, KDLossOutput, dkd_loss, kd_loss, topk_kd_loss, topk_teacher
 
 KD_ROWS = ("kd_rows", "kd_rows_reference")
 SCALE_ROWS = ("scale_rows_", "scale_rows_reference_")
@@ -291,6 +291,58 @@ def test_second_order_gradient_raises(backend):
     s, loss, g = gradient()
     with pytest.raises(RuntimeError):
         (loss + g.square().sum()).backward()
+
+
+def losses(backend, t, y):
+    """Every loss, of one argument, and with what might keep its graph apart from the student's."""
+    name = backend.name
+    teacher = topk_teacher(t, 3)
+    return {
+        "kd": lambda z: kd_loss(z, t, backend=name),
+        "kd, terms": lambda z: kd_loss(z, t, y, return_terms=True, backend=name).loss,
+        "kd, none": lambda z: kd_loss(z, t, reduction="none", backend=name).sum(),
+        "kd, in place": lambda z: kd_loss(z * 1, t, inplace=True, backend=name),
+        "dkd": lambda z: dkd_loss(z, t, y, backend=name),
+        "topk": lambda z: topk_kd_loss(z, *teacher, backend=name),
+    }
+
+
+@pytest.mark.parametrize("name", losses(BACKENDS[0], torch.zeros(1, 3), None))
+def test_second_derivative_raises_whatever_asks_for_it(backend, name):
+    """An engine that is asked for some inputs visits only what leads to them: a gradient that does
+    not hang from the student would count as constant there."""
+    dtype = backend.finest
+    t, x, w = (normal(*shape, seed=i, dtype=dtype, scale=1.0).to(backend.device)
+               for i, shape in enumerate([(4, 7), (4, 5), (5, 7)]))  # fmt: skip
+    y = torch.tensor([1, 2, 0, 3], device=backend.device)
+    loss = losses(backend, t, y)[name]
+
+    def inner_step(w):
+        (g,) = torch.autograd.grad(loss(x @ w), w, create_graph=True)
+        return torch.nn.functional.cross_entropy(x @ (w - g), y)
+
+    def meta_gradient():
+        leaf = w.clone().requires_grad_()
+        return torch.autograd.grad(inner_step(leaf), leaf)
+
+    def meta_backward():
+        leaf = w.clone().requires_grad_()
+        inner_step(leaf).backward(inputs=[leaf])
+
+    z, functional = x @ w, torch.autograd.functional
+    for call in (
+        meta_gradient,
+        meta_backward,
+        lambda: functional.hessian(loss, z),
+        lambda: functional.hvp(loss, z, z),
+        lambda: functional.vhp(loss, z, z),
+        lambda: functional.jvp(loss, z, z),
+    ):
+        with pytest.raises(RuntimeError, match="differentiated a second time"):
+            call()
+    leaf = z.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.equal(functional.vjp(loss, z)[1], leaf.grad)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
