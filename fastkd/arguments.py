@@ -119,6 +119,7 @@ def check_sparse_teacher(
     check_constant("teacher_log_probs", log_probs)
     vocab = check_vocab_size(vocab_size, student.shape[-1], None)
     if on_host(ids) and ids.numel() > 0:
+        ids = ids.to(torch.int64)
         low, high = torch.aminmax(ids)
         if low < -1 or high >= vocab:
             bad = (ids < -1) | (ids >= vocab)
@@ -127,6 +128,27 @@ def check_sparse_teacher(
                 f"got {ids[bad][0].item()}"
             )
     return vocab
+
+
+def check_log_probs(ids: Tensor, log_probs: Tensor) -> None:
+    """Whether the rows of a sparse teacher can be log-probabilities, where the host can see it.
+
+    Beyond 1e-3 a sum of probabilities may exceed 1 by what the rounding of a logarithm does to its
+    probability, p |log p| eps.
+    """
+    if not (on_host(ids) and on_host(log_probs)) or log_probs.numel() == 0:
+        return
+    logs = log_probs.detach().masked_fill((ids < 0) | (log_probs == -math.inf), -1e4).float()
+    p = logs.exp()
+    rounding = torch.finfo(log_probs.dtype).eps * (p * logs.abs()).sum(-1)
+    total = p.sum(-1)
+    bad = total > 1 + 1e-3 + rounding
+    if bad.any():
+        raise ValueError(
+            "teacher_log_probs must hold log-probabilities, whose exponentials sum to at most 1 in "
+            f"a row, got a row of {total[bad][0].item():.6g}: pass log_softmax(logits), or "
+            'repeated_ids="once" where a server names the sampled class a second time'
+        )
 
 
 def check_vocab_size(vocab_size: int | None, student: int, teacher: int | None) -> int:

@@ -67,6 +67,7 @@ class SparseTeacher(NamedTuple):
     log_probs: Tensor  # [N, k]
     log_rest: Tensor | None  # [N]
     restricted: bool
+    named: Tensor | None  # [N] whether a row names a class and so counts; None: all do
 
 
 class Request(NamedTuple):
@@ -148,7 +149,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
         dstudent_rows = as_rows(dstudent)
     target = None
     if isinstance(request.teacher, SparseTeacher):
-        ids, log_probs, log_rest, restricted = request.teacher
+        ids, log_probs, log_rest, restricted, _ = request.teacher
         soft, hard = request.ops.topk_rows(
             student_rows,
             ids,

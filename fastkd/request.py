@@ -196,6 +196,8 @@ def request(
     if teacher_temperature is not None:
         teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, student_logits, dtype)
     counting = None if labels is None else labels != ignore_index
+    if isinstance(teacher, SparseTeacher) and teacher.named is not None:
+        counting = teacher.named if counting is None else counting & teacher.named
     soft_scale, hard_scale = _row_scales(
         N, student_inverse, squared, counting, token_weights, num_items, reduction
     )

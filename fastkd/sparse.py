@@ -4,14 +4,17 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
     as_int,
     check_alpha,
+    check_log_probs,
     check_one_logits,
     check_sparse_teacher,
     check_vocab_size,
+    on_host,
 )
 from .autograd import SparseTeacher, kd_terms
 from .chunks import chunks, take
@@ -20,6 +23,7 @@ from .ops import choose_backend
 from .request import request
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
+REPEATED = ("add", "once")
 
 
 class TopKTeacher(NamedTuple):
@@ -64,6 +68,23 @@ def topk_teacher(teacher_logits: Tensor, k: int, vocab_size: int | None = None) 
     return TopKTeacher(ids.view(*leading, shape[1]), log_probs.view(*leading, shape[1]))
 
 
+def _each_id_once(ids: Tensor, log_probs: Tensor) -> Tensor:
+    """The ids, of equal ones all but the most probable turned into -1."""
+    _, by_probability = log_probs.sort(dim=-1, descending=True, stable=True)
+    ordered, by_id = ids.gather(-1, by_probability).sort(dim=-1, stable=True)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    order = by_probability.gather(-1, by_id)
+    return torch.empty_like(ids).scatter_(-1, order, ordered.masked_fill(again, -1))
+
+
+def _named(ids: Tensor, log_probs: Tensor, vocab: int) -> Tensor | None:
+    """Which rows [N] name a class, in the order of spec.sparse_teacher; None: all do."""
+    if ids.shape[0] == 0:
+        return None
+    named = (ids[:, 0] < vocab) | log_probs[:, 0].isnan()  # of a bad id only the NaN is left
+    return None if on_host(named) and bool(named.all()) else named
+
+
 def topk_kd_loss(
     student_logits: Tensor,
     teacher_ids: Tensor,
@@ -71,6 +92,7 @@ def topk_kd_loss(
     labels: Tensor | None = None,
     *,
     outside: str = "bucket",
+    repeated_ids: str = "add",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     alpha: float = 1.0,
@@ -93,23 +115,34 @@ def topk_kd_loss(
       5.1, call it the dustbin). At T != 1 the bucket is pooled first and then softened like any
       class, so that equal distributions have zero loss at every temperature. It is a lower bound of
       the full divergence, and grows to it with k.
-    - "restrict": both sides are softmaxes over the named classes; the others get no gradient. The
-      same as ``kd_loss(..., top_k=k)``, and exact at every temperature.
+    - "restrict": both sides are softmaxes over the named classes; the others get no gradient.
+      Exact at every temperature, and of the classes of :func:`topk_teacher` the same as
+      ``kd_loss(..., top_k=k)``, unless more than k classes reach the k-th largest logit, all of
+      which top_k keeps, or fewer than k have one above -inf, where top_k keeps every class.
     - "renormalize": the teacher's probabilities are scaled to sum to 1 and held against the
       student's full softmax, which makes the student drop all other classes.
 
     Args:
         student_logits: [..., V].
-        teacher_ids: [..., k], int64 or int32: classes, in any order. -1: none, for rows that have
-            fewer. The probabilities of an id given twice are added.
-        teacher_log_probs: [..., k]: their logarithms at T = 1, as :func:`topk_teacher` makes them.
-            Where they sum to more than 1 they are scaled to 1 and the bucket is empty.
+        teacher_ids: [..., k], of any integer dtype: classes, in any order. -1: none, for rows that
+            have fewer.
+        teacher_log_probs: [..., k]: the logarithms of their probabilities at T = 1, as
+            :func:`topk_teacher` makes them. A class at -inf is not named, so that padding with any
+            id and -inf is as good as -1. Where the probabilities sum to more than 1 by rounding
+            they are scaled to 1 and the bucket is empty.
         outside: see above.
+        repeated_ids: what an id is worth that a row gives more than once. "add": the sum of its
+            probabilities, as of a teacher's classes mapped onto fewer. "once": the largest, for
+            servers that name the sampled class beside the most probable ones, of which it may be
+            one. The same for ids that occur once.
 
-    The other arguments, the result and the errors are those of :func:`kd_loss`. An id that is no
-    class is an error on the CPU and makes its row NaN elsewhere; so does, but for the bucket, a row
-    that names no class.
+    The other arguments, the result and the errors are those of :func:`kd_loss`. A row that names no
+    class does not count, as one that is ignored. On the CPU it is an error, and elsewhere makes its
+    row NaN, where an id is no class; and on the CPU it is an error where the probabilities of a row
+    sum to more than 1, as they do where logits are passed for log-probabilities.
     """
+    if repeated_ids not in REPEATED:
+        raise ValueError(f"repeated_ids must be one of {', '.join(REPEATED)}, got {repeated_ids!r}")
     if outside not in OUTSIDE:
         raise ValueError(f"outside must be one of {', '.join(OUTSIDE)}, got {outside!r}")
     check_alpha(alpha, labels)
@@ -117,14 +150,20 @@ def topk_kd_loss(
     double = torch.float64 in (student_logits.dtype, teacher_log_probs.dtype)
     dtype = torch.float64 if double else torch.float32
     k = teacher_ids.shape[-1]
+    ids = teacher_ids.detach().reshape(-1, k).to(torch.int64).contiguous()
+    given = teacher_log_probs.detach().reshape(-1, k)
+    if repeated_ids == "once":
+        ids = _each_id_once(ids, given)
+    check_log_probs(ids, given)
     ids, log_probs, log_rest = choose_backend(backend, student_logits.device, dtype).sparse_teacher(
-        teacher_ids.detach().reshape(-1, k).to(torch.int64).contiguous(),
-        teacher_log_probs.detach().reshape(-1, k).to(dtype).contiguous(),
-        vocab,
-        outside == "bucket",
+        ids, given.to(dtype).contiguous(), vocab, outside == "bucket"
     )
     teacher = SparseTeacher(
-        ids, log_probs, log_rest if outside == "bucket" else None, outside == "restrict"
+        ids,
+        log_probs,
+        log_rest if outside == "bucket" else None,
+        outside == "restrict",
+        _named(ids, log_probs, vocab),
     )
     loss, soft, hard, _ = kd_terms(
         student_logits,

@@ -272,7 +272,7 @@ def _kd_rows(
 
 def sparse_teacher(
     ids: Tensor,  # [N, k] int64, in any order; -1: none
-    log_probs: Tensor,  # [N, k], at T = 1
+    log_probs: Tensor,  # [N, k], at T = 1; -inf: none, whatever the id
     vocab_size: int,
     bucket: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,15 +295,16 @@ def sparse_teacher(
         log_probs = torch.cat((added, log_probs[:, -step:]), -1)
         step *= 2
     again = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
-    ids, order = ids.masked_fill(again, vocab_size).sort(dim=-1)
-    log_probs = log_probs.masked_fill(again, -INF).gather(-1, order)
+    everything = ((ids < vocab_size) & ~again).sum(-1) == vocab_size
+    dropped = again | (log_probs == -INF)
+    ids, order = ids.masked_fill(dropped, vocab_size).sort(dim=-1)
+    log_probs = log_probs.masked_fill(dropped, -INF).gather(-1, order)
     log_probs = log_probs.masked_fill(spoiled, NAN)
     log_rest = log_probs.new_empty(0)
     if bucket:
         total = log_probs.logsumexp(-1, keepdim=True)
         log_probs = torch.where(total > 0, log_probs - total, log_probs)
         log_rest = (-torch.expm1(total.clamp_max(0))).log().squeeze(-1)
-        everything = (ids < vocab_size).sum(-1) == vocab_size
         log_rest = log_rest.masked_fill(everything & ~spoiled.squeeze(-1), -INF)
     return ids, log_probs.to(dtype), log_rest.to(dtype)
 

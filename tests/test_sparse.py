@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd import TopKKDLoss, arguments, chunks, kd_loss, spec, topk_kd_loss, topk_teacher
+from fastkd import TopKKDLoss, arguments, chunks, kd_loss, sparse, spec, topk_kd_loss, topk_teacher
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
 Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
@@ -172,8 +172,9 @@ def test_at_a_match_there_is_nothing_to_learn(backend, outside):
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_edges(backend, outside):
+def test_edges(backend, monkeypatch, outside):
     """-inf on either side, an empty bucket, probabilities beyond 1, a student with a tiny tail."""
+    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
     z, v = pair(8, 50, dtype=backend.finest)
     ids, log_probs = topk_teacher(v, 6)
     z[0, ids[0, 0]] = -INF
@@ -220,14 +221,94 @@ def test_what_the_student_forbids_is_infinite_also_where_it_underflows(backend, 
     assert kd_loss(student, teacher, **options) == INF
 
 
-def test_rows_without_ids(backend):
-    z = normal(2, 30)
-    ids = torch.tensor([[-1, -1], [3, 4]])
-    log_probs = torch.tensor([[0.0, 0.0], [-1.0, -2.0]])
-    for outside in OUTSIDE:
-        options = {"outside": outside, "reduction": "none", "backend": backend.name}
-        loss = topk_kd_loss(z, ids, log_probs, **options)
-        assert loss[1].isfinite() and (loss[0] == 0 if outside == "bucket" else loss[0].isnan())
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
+@pytest.mark.parametrize("unchecked", [False, True], ids=["checked", "unchecked"])
+def test_rows_without_ids_do_not_count(backend, monkeypatch, outside, labelled, unchecked):
+    """As rows that are ignored: whether by -1 or by a probability of 0, whatever they hold."""
+    if unchecked:
+        monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
+        monkeypatch.setattr(sparse, "on_host", lambda tensor: False)
+    z = normal(4, 30)
+    z[0], z[2, 1] = NAN, NAN
+    ids = torch.tensor([[-1, -1], [3, 4], [0, 0], [7, 0]])
+    log_probs = torch.tensor([[0.0, 0.0], [-1.0, -2.0], [-INF, -INF], [-0.5, -INF]])
+    y = (some_labels(4, 30),) if labelled else ()
+    options = {"outside": outside, "alpha": 0.5 if labelled else 1.0, "backend": backend.name}
+    loss, grad = gradient(topk_kd_loss, z, ids, log_probs, *y, **options)
+    rows = torch.tensor([1, 3])
+    given = z[rows], ids[rows].where(log_probs[rows] > -INF, -1), log_probs[rows]
+    expected = gradient(topk_kd_loss, *given, *(labels[rows] for labels in y), **options)
+    assert torch.equal(loss, expected[0]) and torch.equal(grad[rows], expected[1])
+    assert (grad[[0, 2]] == 0).all()
+    loss, grad = gradient(topk_kd_loss, z[[0, 2]], ids[[0, 2]], log_probs[[0, 2]],
+                          *(labels[[0, 2]] for labels in y), **options)  # fmt: skip
+    assert loss == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_padding_with_an_id_and_no_probability(backend, outside):
+    """As trainers pad: the id 0 at -inf names nothing, though the row may name class 0 as well."""
+    z, v = pair(3, 30)
+    ids, log_probs = topk_teacher(v, 4)
+    ids[1, 2] = 0
+    padded = F.pad(ids, (0, 3)), F.pad(log_probs, (0, 3), value=-INF)
+    options = {"outside": outside, "temperature": 2.0, "backend": backend.name}
+    expected = gradient(topk_kd_loss, z, ids, log_probs, **options)
+    for actual, exact in zip(gradient(topk_kd_loss, z, *padded, **options), expected, strict=True):
+        torch.testing.assert_close(actual, exact, **tolerance(backend))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.int32], ids=str)
+def test_ids_as_caches_store_them(backend, outside, dtype):
+    z, v = pair(3, 300)
+    ids, log_probs = topk_teacher(v, 4)
+    options = {"outside": outside, "backend": backend.name}
+    expected = gradient(topk_kd_loss, z, ids, log_probs, **options)
+    for given in (ids.to(dtype), ids.repeat(1, 2).to(dtype)[:, :4]):
+        actual = gradient(topk_kd_loss, z, given, log_probs, **options)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_a_sampled_class_that_is_named_again(backend):
+    """Servers name the sampled class beside the most probable ones, of which it may be one."""
+    z, v = pair(4, 30)
+    ids, log_probs = topk_teacher(v, 3)
+    both = topk_teacher(v, 5)
+    sample = torch.tensor([[0], [2], [4], [1]])  # of the five: the third row's is a class more
+    again = tuple(torch.cat((of_five.gather(1, sample), of_three), 1)
+                  for of_five, of_three in zip(both, (ids, log_probs), strict=True))  # fmt: skip
+    once = torch.cat((ids, both.ids[:, 4:]), 1), torch.cat((log_probs, both.log_probs[:, 4:]), 1)
+    once[0][[0, 1, 3], 3] = -1
+    options = {"reduction": "none", "backend": backend.name}
+    expected = gradient(topk_kd_loss, z, *once, **options)
+    actual = gradient(topk_kd_loss, z, *again, repeated_ids="once", **options)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **tolerance(backend))
+    ids = torch.tensor([[3, 3, 1], [1, 2, 1]])
+    log_probs = torch.tensor([[0.2, 0.3, 0.4], [0.1, 0.5, 0.25]]).log()
+    added = torch.tensor([[1, 3], [1, 2]]), torch.tensor([[0.4, 0.5], [0.35, 0.5]]).log()
+    expected = gradient(topk_kd_loss, z[:2], *added, **options)
+    actual = gradient(topk_kd_loss, z[:2], ids, log_probs, **options)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **tolerance(backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probabilities_that_are_logits(dtype):
+    """Their sum shows it, beyond what the rounding of the logarithms may have added to it."""
+    v = normal(64, 3000)
+    ids, log_probs = topk_teacher(v, 2000)
+    z = normal(64, 3000, seed=1)
+    assert topk_kd_loss(z, ids, log_probs.to(dtype)).isfinite()
+    assert topk_kd_loss(z, ids, torch.full_like(log_probs, -math.log(2000)).to(dtype)).isfinite()
+    with pytest.raises(ValueError, match=r"teacher_log_probs must hold log-prob.*log_softmax"):
+        topk_kd_loss(z, ids[:, :9], v.gather(1, ids)[:, :9].to(dtype))
+    twice = ids.repeat(1, 2), log_probs.repeat(1, 2).to(dtype)
+    with pytest.raises(ValueError, match=r"repeated_ids"):
+        topk_kd_loss(z, *twice)
+    assert topk_kd_loss(z, *twice, repeated_ids="once").isfinite()
 
 
 def test_ids_that_cannot_be_checked(backend, monkeypatch):
@@ -270,10 +351,11 @@ def test_classes_in_order(function, k):
             ):
                 if one != -1:
                     named[one] = named.get(one, 0.0) + value
-            total = sum(named.values())
+            total, listed = sum(named.values()), len(named)
             if not named.keys() <= set(range(V)):
                 assert ordered_log_probs[row].isnan().all() and log_rest[row].isnan()
                 continue
+            named = {one: value for one, value in named.items() if value != 0}
             assert ordered[row].tolist() == sorted(named) + [V] * (k - len(named))
             expected = torch.tensor(
                 [named[one] for one in sorted(named)], dtype=torch.float64
@@ -284,7 +366,7 @@ def test_classes_in_order(function, k):
             torch.testing.assert_close(got, expected, rtol=eps, atol=eps, equal_nan=True)
             assert (ordered_log_probs[row, len(named) :] == -INF).all()
             rest = max(0.0, 1 - total) if total == total else NAN
-            if abs(total - 1) < 1e-6 or len(named) == V:
+            if abs(total - 1) < 1e-6 or listed == V:
                 assert log_rest[row] < math.log(1e-6)
             else:
                 got = log_rest[row].double().exp()
@@ -337,12 +419,17 @@ def test_opcheck(op, gradient):
     ("change", "error", "message"),
     [
         ({"outside": "drop"}, ValueError, "outside must be one of bucket"),
+        ({"repeated_ids": "first"}, ValueError, "repeated_ids must be one of add, once"),
         (
             {"ids": torch.tensor([[0, 20], [1, 2]])},
             ValueError,
             r"teacher_ids must lie in \[0, 20\)",
         ),
-        ({"ids": torch.tensor([[0.0, 1], [1, 2]])}, TypeError, "teacher_ids must be int64"),
+        (
+            {"ids": torch.tensor([[0.0, 1], [1, 2]])},
+            TypeError,
+            "teacher_ids must be of an integer dtype",
+        ),
         ({"ids": torch.tensor([[0], [1]])}, ValueError, "same k"),
         ({"ids": torch.tensor([0, 1])}, ValueError, "teacher_ids must have shape"),
         (

@@ -13,7 +13,7 @@ namespace fastkd::cpu {
 template <class T>
 struct SparseTeacher {
   const int64_t* ids;  // [N, k], in any order; -1: none
-  const T* log_probs;  // [N, k]
+  const T* log_probs;  // [N, k]; -inf: none, whatever the id
   int64_t* ordered;    // [N, k]
   T* ordered_log_probs;
   T* log_rest;  // [N]; null: no bucket
@@ -87,14 +87,16 @@ void order_row(const SparseTeacher<T>& call, int64_t row, std::vector<NamedClass
     }
   }
   named.resize(count);
-
   constexpr T kNaN = std::numeric_limits<T>::quiet_NaN(), kInf = std::numeric_limits<T>::infinity();
+  const bool everything = static_cast<int64_t>(count) == call.vocab_size;
+  std::erase_if(named, [](const NamedClass& one) { return one.log_prob == -kInf; });
+  count = named.size();
+
   double excess = 0;
   if (call.log_rest) {
     const double total = log_sum(named);
     if (total > 0) excess = total;
     const double rest = std::log(-std::expm1(total > 0 ? 0 : total));
-    const bool everything = static_cast<int64_t>(count) == call.vocab_size;
     call.log_rest[row] = spoiled ? kNaN : everything ? -kInf : static_cast<T>(rest);
   }
   for (int64_t i = 0; i < call.k; ++i) {
