@@ -372,7 +372,8 @@ def test_classes_in_order(function, k):
                 got = log_rest[row].double().exp()
                 expected = torch.full_like(got, rest)
                 torch.testing.assert_close(got, expected, rtol=eps, atol=eps, equal_nan=True)
-        classes, _, none = function(ordered.masked_fill(ordered == V, -1), given, V, False)
+        ordered_ids = ordered.masked_fill(ordered == V, -1)
+        classes, _, none = function(ordered_ids, torch.zeros_like(given), V, False)
         assert torch.equal(classes, ordered) and none.shape == (0,)
         torch.testing.assert_close((ids, given), before, rtol=0, atol=0, equal_nan=True)
     assert [x.shape for x in function(ids[:0], log_probs[:0], V, True)] == [(0, k), (0, k), (0,)]
