@@ -26,7 +26,10 @@ common_args = [
 # FASTKD_LINEINFO=1: the CUDA kernels with the lines of their source, for profilers and for
 # tests/compile_gate.py. It changes no code, and makes the module 2.5 times as large.
 line_info = ["-lineinfo"] if os.environ.get("FASTKD_LINEINFO") == "1" else []
-compile_args = [*common_args, "-fvisibility=hidden", "-Wall"]
+# What an error message says of where it was raised must not be where this was built.
+places = (Path(__file__).parent.resolve(), Path(torch.__file__).parent.parent)
+anonymous = [f"-fmacro-prefix-map={place}/=" for place in places]
+compile_args = [*common_args, *anonymous, "-fvisibility=hidden", "-Wall"]
 # Keep libtorch as a dependency: where torch has CUDA, it is what brings libtorch_cuda.
 link_args = ["-Wl,--no-as-needed,-ltorch,--exclude-libs,ALL"]
 strip = ["-Wl,--strip-all"]

@@ -49,6 +49,16 @@ inline int64_t number_of_rows(const Tensor& tensor) {
   return tensor.dim() == 3 ? tensor.size(0) * tensor.size(1) : tensor.size(0);
 }
 
+// Whether rows of the teacher would be read after the gradient was written over them. The very same
+// rows are: a row is read before it is written.
+inline bool overwrites_others(const Rows& dstudent, const Rows& teacher, int64_t N) {
+  const bool same_rows = dstudent.data == teacher.data && dstudent.dtype == teacher.dtype &&
+                         dstudent.offset(N - 1) == teacher.offset(N - 1) &&
+                         dstudent.offset(N / 2) == teacher.offset(N / 2);
+  return N > 0 && !same_rows && dstudent.address(0, 0) < teacher.address(N - 1, teacher.width) &&
+         teacher.address(0, 0) < dstudent.address(N - 1, dstudent.width);
+}
+
 inline const void* data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }
@@ -88,6 +98,9 @@ std::tuple<Tensor, Tensor> kd_rows(
         number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
         "fastkd: dstudent must have the rows and the V of student");
   }
+  STD_TORCH_CHECK(!dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher, call.N),
+                  "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
+                  "teacher_logits.clone(), or inplace=False");
   call.keep = keep;
   call.vocab_size = vocab_size;
   call.beta = beta;

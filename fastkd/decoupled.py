@@ -1,12 +1,17 @@
 """Decoupled knowledge distillation (Zhao et al. 2022): the target and the other classes apart."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from .arguments import check_weight
 from .autograd import kd_terms
 from .request import request
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import DKDOptions
 
 
 class DKDLossOutput(NamedTuple):
@@ -20,6 +25,39 @@ class DKDLossOutput(NamedTuple):
     target: Tensor
     nontarget: Tensor
     hard: Tensor
+
+
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_terms: Literal[False] = False,
+    **options: "Unpack[DKDOptions]",
+) -> Tensor: ...
+
+
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_terms: Literal[True],
+    **options: "Unpack[DKDOptions]",
+) -> DKDLossOutput: ...
+
+
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_terms: bool,
+    **options: "Unpack[DKDOptions]",
+) -> Tensor | DKDLossOutput: ...
 
 
 def dkd_loss(

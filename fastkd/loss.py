@@ -1,12 +1,17 @@
 """The public loss kd_loss; the arguments that all losses share are read in request.py."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from .arguments import check_alpha, check_unit_interval
 from .autograd import kd_terms
 from .request import request
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import KDOptions
 
 
 class KDLossOutput(NamedTuple):
@@ -20,6 +25,39 @@ class KDLossOutput(NamedTuple):
     loss: Tensor
     soft: Tensor
     hard: Tensor | None
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    **options: "Unpack[KDOptions]",
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    **options: "Unpack[KDOptions]",
+) -> KDLossOutput: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: bool,
+    **options: "Unpack[KDOptions]",
+) -> Tensor | KDLossOutput: ...
 
 
 def kd_loss(

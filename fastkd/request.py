@@ -187,8 +187,11 @@ def request(
     check_limit(temperature, teacher_temperature)
     if token_weights is not None:
         token_weights = check_rows("token_weights", token_weights, student_logits)
+    wants_soft = soft > 0 or return_terms or target is not None
+    wants_hard = labels is not None and (hard > 0 or return_terms)
     if inplace:
-        check_inplace(student_logits, None if isinstance(teacher, SparseTeacher) else teacher)
+        reads_teacher = wants_soft and not isinstance(teacher, SparseTeacher)
+        check_inplace(student_logits, teacher if reads_teacher else None)  # type: ignore[arg-type]
 
     N = math.prod(student_logits.shape[:-1])
     student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
@@ -201,8 +204,6 @@ def request(
     soft_scale, hard_scale = _row_scales(
         N, student_inverse, squared, counting, token_weights, num_items, reduction
     )
-    wants_soft = soft > 0 or return_terms or target is not None
-    wants_hard = labels is not None and (hard > 0 or return_terms)
     return Request(  # by position, in half the time
         teacher,
         labels,

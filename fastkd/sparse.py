@@ -1,7 +1,7 @@
 """Teachers of a few classes a row: computed once, cached, or cut from full logits."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from .chunks import chunks, take
 from .loss import KDLossOutput
 from .ops import choose_backend
 from .request import request
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import TopKKDOptions
 
 OUTSIDE = ("bucket", "restrict", "renormalize")
 REPEATED = ("add", "once")
@@ -83,6 +88,42 @@ def _named(ids: Tensor, log_probs: Tensor, vocab: int) -> Tensor | None:
         return None
     named = (ids[:, 0] < vocab) | log_probs[:, 0].isnan()  # of a bad id only the NaN is left
     return None if on_host(named) and bool(named.all()) else named
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[False] = False,
+    **options: "Unpack[TopKKDOptions]",
+) -> Tensor: ...
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: Literal[True],
+    **options: "Unpack[TopKKDOptions]",
+) -> KDLossOutput: ...
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_terms: bool,
+    **options: "Unpack[TopKKDOptions]",
+) -> Tensor | KDLossOutput: ...
 
 
 def topk_kd_loss(

@@ -102,6 +102,26 @@ def test_inplace_refuses_a_teacher_that_it_would_overwrite(backend, name, loss):
     assert torch.equal(student, before)
 
 
+@pytest.mark.slow  # compiles
+def test_compiled_inplace_never_overwrites_its_teacher(backend):
+    """Where the compiler copies the logits first it is right; else the op refuses."""
+    torch._dynamo.reset()
+
+    def loss(x, w, inplace):
+        logits = x @ w
+        teacher = logits[:, :-1].detach()
+        return kd_loss(logits[:, 1:], teacher, inplace=inplace, backend=backend.name)
+
+    x, w = on(backend, normal(1, 33, 8, scale=1.0), normal(8, 400, seed=1))
+    x.requires_grad_()
+    try:
+        actual = torch.compile(loss, fullgraph=True)(x, w, True)
+    except RuntimeError as error:
+        assert "the teacher" in str(error)  # lies in the same memory
+    else:
+        torch.testing.assert_close(actual, loss(x, w, False))
+
+
 def test_inplace_takes_a_teacher_that_is_the_same_view(backend):
     s = normal(3, 40).to(backend.device).requires_grad_()
     for view in (lambda x: x, lambda x: x[1:, 3:]):

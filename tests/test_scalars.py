@@ -3,6 +3,11 @@ type drifts is not refused, it arrives as another number.
 """
 
 import math
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +225,37 @@ def test_the_op_takes_the_same_rows_in_other_shapes():
 
     expected = gradient((6, 20), (6, 20), (6, 20))
     assert torch.equal(gradient((2, 3, 20), (6, 20), (3, 2, 20)), expected)
+
+
+def test_messages_say_nothing_of_the_machine_that_built_them():
+    with pytest.raises(RuntimeError, match="fastkd: scale must be") as caught:
+        torch.ops.fastkd.scale_rows_(torch.ones(3, 4), torch.ones(2))
+    assert ", csrc/" in str(caught.value)
+    module = Path(find_spec("fastkd._C").origin).read_bytes()
+    assert re.findall(rb"(?<![\w./-])/[\w./-]+\.(?:h|cpp)\b", module) == []
+
+
+FORKED = """
+import os, torch, fastkd
+torch.set_num_threads(2)
+s, t = torch.randn(64, 4000), torch.randn(64, 4000)
+fastkd.kd_loss(s, t)
+child = os.fork()
+if child == 0:
+    try:
+        fastkd.kd_loss(s, t)
+    except RuntimeError as error:
+        assert "forked" in str(error) and "set_num_threads(1)" in str(error)
+        torch.set_num_threads(1)
+        os._exit(0 if fastkd.kd_loss(s, t).isfinite() else 1)
+    os._exit(2)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_raises_where_it_would_hang():
+    """OpenMP waits in the child for threads that only the parent has."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

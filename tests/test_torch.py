@@ -9,7 +9,16 @@ from conftest import BACKENDS, BETAS, normal, pair, run, some_labels
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from fastkd import KDLoss, KDLossOutput, dkd_loss, kd_loss, topk_kd_loss, topk_teacher
+from fastkd import (
+    DKDLoss,
+    KDLoss,
+    KDLossOutput,
+    TopKKDLoss,
+    dkd_loss,
+    kd_loss,
+    topk_kd_loss,
+    topk_teacher,
+)
 
 KD_ROWS = ("kd_rows", "kd_rows_reference")
 SCALE_ROWS = ("scale_rows_", "scale_rows_reference_")
@@ -423,6 +432,44 @@ def test_module_is_the_function(backend):
     module.temperature = -1.0
     with pytest.raises(ValueError, match="temperature"):
         module(s, t, labels)
+
+
+def test_module_is_a_loss_of_torch():
+    for module in (KDLoss(), DKDLoss(), TopKKDLoss()):
+        assert isinstance(module, torch.nn.modules.loss._Loss)
+        assert module.reduction == "batchmean" and repr(module) == f"{type(module).__name__}()"
+
+
+@pytest.mark.parametrize("name", ["temperature", "teacher_temperature", "token_weights"])
+def test_a_tensor_of_a_module_is_a_buffer(name):
+    """It moves with the module, is in its state, and gives way to a number again."""
+    s, t = pair(3, 9)
+    value = torch.tensor([1.0, 2.0, 3.0])
+    module = KDLoss(**{name: value})
+    expected = kd_loss(s, t, **{name: value})
+    assert module(s, t) == expected and set(module.state_dict()) == {name}
+    assert getattr(copy.deepcopy(module).to("meta"), name).is_meta
+    other = KDLoss(**{name: torch.zeros(3)})
+    other.load_state_dict(module.state_dict())
+    assert other(s, t) == pickle.loads(pickle.dumps(other))(s, t) == expected
+    plain = None if name == "token_weights" else 2.0
+    setattr(module, name, plain)
+    assert module.state_dict() == {} and module(s, t) == kd_loss(s, t, **{name: plain})
+    setattr(module, name, value)
+    assert module(s, t) == expected
+
+
+def test_module_refuses_an_attribute_that_looks_like_an_option():
+    module = KDLoss()
+    misspelt = {"temprature": "temperature", "temp": "temperature", "top_K": "top_k",
+                "betas": "beta", "bottom_percent": "bottom_percentile"}  # fmt: skip
+    for name, meant in misspelt.items():
+        with pytest.raises(AttributeError, match=f"no option '{name}'.*'{meant}'"):
+            setattr(module, name, 3.0)
+    module.ds_grads_remaining = 0  # as frameworks keep their books
+    module._is_wrapped = True
+    module.train(False)
+    module.temperature = 3.0
 
 
 def test_module_as_a_module():

@@ -2,6 +2,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <string>
@@ -14,6 +17,20 @@
 namespace fastkd {
 namespace {
 
+// A process that was forked has the memory of a pool of threads and none of the threads: OpenMP would
+// wait for them for ever.
+void check_not_forked() {
+#if defined(__unix__) || defined(__APPLE__)
+  static std::atomic<pid_t> owner{0};  // of the pool
+  const pid_t self = getpid();
+  pid_t before = 0;
+  STD_TORCH_CHECK(owner.compare_exchange_strong(before, self) || before == self,
+                  "fastkd: this process was forked after its parent had computed a loss on several "
+                  "threads, which do not exist here: call torch.set_num_threads(1), or start "
+                  "processes by \"spawn\" or \"forkserver\"");
+#endif
+}
+
 // Runs `work(next)` on as many threads as the pairs are worth.
 template <class Work>
 void parallel_rows(int64_t N, int64_t V, const Work& work) {
@@ -22,6 +39,7 @@ void parallel_rows(int64_t N, int64_t V, const Work& work) {
       {torch::stable::get_num_threads(), N, (N * V + kPairsPerThread - 1) / kPairsPerThread});
   std::atomic<int64_t> next{0};
   if (threads <= 1) return work(next);
+  check_not_forked();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
 }
 
