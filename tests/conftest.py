@@ -2,10 +2,12 @@
 compares it with the definition in float64 within the bounds of bounds.py.
 """
 
+import functools
 import itertools
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from bounds import INF, NAN, Allowance, assert_close
 from emulation import build
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import fastkd
 from fastkd import triton_backend
@@ -73,6 +76,7 @@ if triton_backend.INTERPRETED and not triton_backend.MISSING:
 
     triton_interpreter.patch_once()
     BACKENDS += (Backend("triton", float64=False, label="triton-split", split=True),)
+DEVICES = {backend.name: backend.device for backend in BACKENDS}
 
 
 def _instruction_sets() -> list[str]:
@@ -222,6 +226,52 @@ def some_labels(N: int, vocab: int, ignored: tuple[int, ...] = ()) -> Tensor:
     return labels
 
 
+def copied(tensor: Tensor, device: str) -> Tensor:
+    """A copy of all its storage on that device, and there the strides and the offset of `tensor`.
+
+    `.to` makes contiguous what has gaps, shares elements or begins later in its storage.
+    """
+    whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage()).to(device, copy=True)
+    place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+    return whole.new_empty(0).set_(whole.untyped_storage(), *place)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """As `.to(device)`, with a gradient as well; but on the other device it lies as here."""
+    if tensor.device.type == torch.device(device).type:
+        return tensor
+    return _Moved.apply(tensor, device)
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, device: str) -> Tensor:
+        ctx.device = tensor.device
+        return copied(tensor, device)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.device), None
+
+
+def on(backend: Backend, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(moved(tensor, backend.device) for tensor in tensors)
+
+
+def at_backend(loss: Callable) -> Callable:
+    """`loss` for tensors on the CPU, where its results come back to, on its backend's device."""
+
+    @functools.wraps(loss)
+    def call(*arguments, **options):
+        device = DEVICES[options.get("backend", "cpu")]
+        arguments, options = tree_map_only(
+            Tensor, lambda tensor: moved(tensor, device), (arguments, options)
+        )
+        return tree_map_only(Tensor, Tensor.cpu, loss(*arguments, **options))
+
+    return call
+
+
 @dataclass(frozen=True)
 class Result:
     loss: Tensor
@@ -244,12 +294,15 @@ def run(
     name = backend if isinstance(backend, str) else backend.name
 
     def move(value):
-        return value.to(device) if isinstance(value, Tensor) else value
+        return moved(value, device) if isinstance(value, Tensor) else value
 
-    student, teacher, labels = move(student.detach()), move(teacher), move(labels)
+    teacher, labels = move(teacher), move(labels)
+    student = student.detach()
+    if 0 in student.stride():  # elements that are shared cannot each take a gradient
+        student = student.clone(memory_format=torch.contiguous_format)
     root = torch.zeros((), dtype=student.dtype, device=device, requires_grad=True)
-    # Adding the root gives a non-leaf of the same strides, so that inplace=True is allowed.
-    leaf = _Graft.apply(student.clone() if student.numel() == 0 else _same_strides(student), root)
+    # The root makes it a non-leaf of the same strides, so that inplace=True is allowed.
+    leaf = _Graft.apply(copied(student, device), root)
     leaf.retain_grad()
     out = fastkd.kd_loss(
         leaf, teacher, labels, backend=name, **{k: move(v) for k, v in options.items()}
@@ -278,15 +331,6 @@ class _Graft(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, None]:
         return None, None
-
-
-def _same_strides(tensor: Tensor) -> Tensor:
-    """A copy with the strides and the storage offset of `tensor`; no element shared."""
-    if 0 in tensor.stride():
-        return tensor.clone(memory_format=torch.contiguous_format)
-    base = tensor.new_empty(tensor.untyped_storage().nbytes() // tensor.element_size())
-    copy = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return copy.copy_(tensor).detach()
 
 
 def check(backend: Backend, student: Tensor, teacher: Tensor, labels=None, **options) -> Result:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, INF, NAN, normal, some_labels
+from conftest import BACKENDS, INF, NAN, at_backend, normal, some_labels
 
 import fastkd
 from fastkd import KDLoss, kd_loss
@@ -360,25 +360,11 @@ def test_accepted(case, backend):
             changes["alpha"] = 1.0
         positional, keywords = arguments(changes)
         before = snapshot([*positional, *keywords.values()])
-        (student, *others), keywords = moved((positional, keywords), backend.device)
-        loss = kd_loss(student, *others, backend=backend.name, **keywords)
-        results.append((loss, *torch.autograd.grad(loss.sum(), student)))
+        loss = at_backend(kd_loss)(*positional, backend=backend.name, **keywords)
+        results.append((loss, *torch.autograd.grad(loss.sum(), positional[0])))
         untouched(before)
     for given, meant in zip(*results, strict=True):
         assert torch.equal(given, meant)
-
-
-def moved(arguments, device: str):
-    """To `device`, strides and all; the student with its graph."""
-    positional, keywords = arguments
-    (student, *others) = positional
-    student = student.detach().to(device).requires_grad_()
-    others = [x if x is None else x.to(device) for x in others]
-    keywords = {
-        k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() else v
-        for k, v in keywords.items()
-    }
-    return (student, *others), keywords
 
 
 @pytest.mark.parametrize("bad", ["mps", "", "CPU", None, 3, ["cpu"]])

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from conftest import _Graft, normal, pair, run, some_labels
+from conftest import _Graft, normal, on, pair, run, some_labels
 from torch.profiler import ProfilerActivity, profile
 
 import fastkd
 from fastkd import dkd_loss, kd_loss
-
-
-def on(backend, *tensors):
-    return tuple(t.to(backend.device) for t in tensors)
 
 
 def test_inplace_leaves_the_gradient_in_the_logits(backend):

@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import SparseAllowance
-from conftest import INF, NAN, assert_close, normal, pair, some_labels
+from conftest import INF, NAN, assert_close, at_backend, normal, pair, some_labels
 from torch import Tensor
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd import TopKKDLoss, arguments, chunks, kd_loss, sparse, spec, topk_kd_loss, topk_teacher
+import fastkd
+from fastkd import TopKKDLoss, arguments, chunks, sparse, spec, topk_teacher
 
+kd_loss, topk_kd_loss = map(at_backend, (fastkd.kd_loss, fastkd.topk_kd_loss))
 OUTSIDE = ("bucket", "restrict", "renormalize")
 Z = torch.tensor([[1, 2, 0.5, -1, 3]]).double()
 V = torch.tensor([[2, 1, 0, -2, 4]]).double()

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import BACKENDS, BETAS, normal, pair, run, some_labels
+from conftest import BACKENDS, BETAS, normal, on, pair, run, some_labels
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
@@ -22,10 +22,6 @@ from fastkd import (
 
 KD_ROWS = ("kd_rows", "kd_rows_reference")
 SCALE_ROWS = ("scale_rows_", "scale_rows_reference_")
-
-
-def on(backend, *tensors):
-    return tuple(t.to(backend.device) for t in tensors)
 
 
 @pytest.mark.parametrize("op", KD_ROWS)

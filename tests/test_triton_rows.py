@@ -4,7 +4,7 @@ bits, the selection by itself. On a GPU, or with TRITON_INTERPRET=1 in Triton's 
 
 import pytest
 import torch
-from conftest import BACKENDS, INF, NAN, check, normal, pair, run, some_labels
+from conftest import BACKENDS, INF, NAN, check, moved, normal, pair, run, some_labels
 
 import fastkd
 
@@ -89,7 +89,7 @@ def test_sparse_rows_lie_anywhere(outside):
             rows = base[:, 5 : 5 + V]
             rows.copy_(s)
             device = TRITON.device if name == "triton" else "cpu"
-            base, inputs = base.to(device), [x.to(device) for x in (ids, log_probs, labels)]
+            base, inputs = base.to(device), [moved(x, device) for x in (ids, log_probs, labels)]
             leaf = base[:, 5 : 5 + V].requires_grad_()
             loss = fastkd.topk_kd_loss(
                 leaf if name == "triton" else leaf.double(), *inputs, outside=outside, alpha=0.7,
