@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .decoupled import DKDLossOutput, dkd_loss
@@ -42,6 +43,13 @@ class _LossModule(nn.Module):
         return options
 
     def _call(self, *inputs: Tensor | None, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._loss(*inputs, **options)
+        # An integer of a module is a constant of the graph otherwise: compiled anew for each top_k.
+        with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+            return self._loss(*inputs, **options)
+
+    def _loss(self, *inputs: Tensor | None, **options: Any) -> Any:
         current = {name: getattr(self, name) for name in self._options}
         return type(self).loss(*inputs, **{**current, **self._known(options)})
 
