@@ -10,6 +10,9 @@
 
 namespace fastkd {
 
+// Which divergence the soft term is; the numbers are those of fastkd/spec.py.
+enum class Mode { kForward, kReverse, kMixture };
+
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 
 // The rows of a tensor [A, B, V] with stride 1 in V; row r = a * B + b.
@@ -53,11 +56,18 @@ struct KdRows {
   void* hard = nullptr;
   void* target = nullptr;  // not null where target_weight is not
   int64_t N = 0;
-  int64_t keep = 0;
+  const int64_t* keep = nullptr;  // null: nothing is pruned
   int64_t vocab_size = 0;
-  double beta = 0;
+  Mode divergence = Mode::kForward;
+  const void* beta = nullptr;  // of a mixture, else null
   bool is_double = false;
   bool teacher_probs = false;  // the teacher's rows hold probabilities
+
+  // How many classes of a row are kept: the values of a vector are checked nowhere.
+  FASTKD_HOST_DEVICE int64_t kept(int64_t row) const {
+    if (keep == nullptr || keep[row] >= vocab_size) return vocab_size;
+    return keep[row] > 1 ? keep[row] : 1;
+  }
 };
 
 // One call of fastkd::topk_rows; the fields of KdRows mean what they mean there.

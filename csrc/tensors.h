@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor> kd_rows(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
     const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
     const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
-    const std::optional<Tensor>& dstudent, int64_t keep, int64_t vocab_size, double beta,
+    const std::optional<Tensor>& dstudent, const std::optional<Tensor>& keep, int64_t vocab_size,
+    int64_t divergence, const std::optional<Tensor>& beta,
     const std::optional<Tensor>& target_weight, const std::optional<Tensor>& target,
     bool teacher_probs) {
   KdRows call;
@@ -98,12 +99,12 @@ std::tuple<Tensor, Tensor> kd_rows(
         number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
         "fastkd: dstudent must have the rows and the V of student");
   }
-  STD_TORCH_CHECK(!dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher, call.N),
-                  "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
-                  "teacher_logits.clone(), or inplace=False");
-  call.keep = keep;
+  STD_TORCH_CHECK(
+      !dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher, call.N),
+      "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
+      "teacher_logits.clone(), or inplace=False");
   call.vocab_size = vocab_size;
-  call.beta = beta;
+  call.divergence = static_cast<Mode>(divergence);
   call.teacher_probs = teacher_probs;
   call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
   const auto device = student.device();
@@ -114,6 +115,7 @@ std::tuple<Tensor, Tensor> kd_rows(
   check_device(teacher);
   if (dstudent) check_device(*dstudent);
   if (labels) check_device(*labels);
+  if (keep) check_device(*keep);
   const auto check = [&](const Tensor& vector, DType expected) {
     check_device(vector);
     STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
@@ -124,24 +126,34 @@ std::tuple<Tensor, Tensor> kd_rows(
   check(teacher_inv_temperature, compute);
   if (soft_weight) check(*soft_weight, compute);
   if (hard_weight) check(*hard_weight, compute);
+  if (beta) check(*beta, compute);
   if (target_weight) check(*target_weight, compute);
   if (target) check(*target, compute);
   STD_TORCH_CHECK(!labels || (labels->numel() == call.N && labels->is_contiguous() &&
                               labels->scalar_type() == ScalarType::Long),
                   "fastkd: labels must be contiguous int64 [N]");
+  STD_TORCH_CHECK(!keep || (keep->numel() == call.N && keep->is_contiguous() &&
+                            keep->scalar_type() == ScalarType::Long),
+                  "fastkd: keep must be contiguous int64 [N]");
+  STD_TORCH_CHECK(divergence >= static_cast<int64_t>(Mode::kForward) &&
+                      divergence <= static_cast<int64_t>(Mode::kMixture) &&
+                      beta.has_value() == (call.divergence == Mode::kMixture),
+                  "fastkd: a divergence that is none, or a mixture without beta, or beta besides");
   STD_TORCH_CHECK(labels || !(hard_weight || target_weight),
                   "fastkd: the hard and the target term need labels");
-  STD_TORCH_CHECK(!target_weight || (target && soft_weight && beta == 0),
-                  "fastkd: the target term needs target, soft_weight and beta = 0");
-  STD_TORCH_CHECK(keep >= 1 && vocab_size >= 1 && vocab_size <= call.student.width &&
-                      vocab_size <= call.teacher.width,
-                  "fastkd: keep or vocab_size out of range");
+  STD_TORCH_CHECK(!target_weight || (target && soft_weight && call.divergence == Mode::kForward),
+                  "fastkd: the target term needs target, soft_weight and the forward divergence");
+  STD_TORCH_CHECK(
+      vocab_size >= 1 && vocab_size <= call.student.width && vocab_size <= call.teacher.width,
+      "fastkd: vocab_size out of range");
   call.labels = static_cast<const int64_t*>(data(labels));
   call.student_inv_temperature = student_inv_temperature.data_ptr();
   call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
   call.soft_weight = data(soft_weight);
   call.hard_weight = data(hard_weight);
   call.target_weight = data(target_weight);
+  call.keep = static_cast<const int64_t*>(data(keep));
+  call.beta = data(beta);
   if (target_weight) call.target = target->data_ptr();
   Tensor soft = new_vector(student_inv_temperature, call.N);
   Tensor hard = new_vector(student_inv_temperature, call.N);

@@ -333,8 +333,8 @@ def check_limit(temperature: float | Tensor, teacher_temperature: float | Tensor
         )
 
 
-def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> int:
-    """The number of classes kept: min(top_k, V - floor(V * percentile / 100)), at least 1."""
+def check_pruning(top_k: int | None, bottom_percentile: float) -> None:
+    """Types and ranges. In a graph they are compared with the ends of their ranges alone."""
     if not is_number(bottom_percentile):
         raise TypeError(
             f"bottom_percentile must be a number in [0, 100), "
@@ -342,16 +342,17 @@ def check_keep(top_k: int | None, bottom_percentile: float, vocab_size: int) -> 
         )
     if not 0 <= bottom_percentile < 100:
         raise ValueError(f"bottom_percentile must lie in [0, 100), got {bottom_percentile}")
-    keep = vocab_size
-    if bottom_percentile > 0:
-        # 0.29 * 100 is 28.999999999999996 in binary: without the 1e-6 one class too few would go.
-        keep = vocab_size - int(vocab_size * bottom_percentile / 100 + 1e-6)
     if top_k is not None:
         top_k = as_int("top_k", top_k, "an int or None")
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
-        keep = min(keep, top_k)
-    return max(keep, 1)
+
+
+def number_kept(top_k: int | None, bottom_percentile: float, vocab_size: int) -> int:
+    """min(top_k, V - floor(V * percentile / 100)), at least 1."""
+    # 0.29 * 100 is 28.999999999999996 in binary: without the 1e-6 one class too few would go.
+    keep = vocab_size - int(vocab_size * bottom_percentile / 100 + 1e-6)
+    return max(keep if top_k is None else min(keep, top_k), 1)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .ops import Ops
+from .spec import REVERSE
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -80,9 +81,10 @@ class Request(NamedTuple):
     soft: Term
     hard: Term
     target: Term  # of the decoupled loss, whose soft term then leaves out the label
-    keep: int
+    keep: Tensor | None  # [N] int64; None: nothing is pruned
     vocab_size: int
-    beta: float
+    divergence: int
+    beta: Tensor | None  # [N] of a mixture
     per_row: bool  # reduction "none"
     terms: bool  # return the terms too
     teacher_probs: bool  # the teacher's rows hold probabilities
@@ -100,7 +102,7 @@ def _float16_scale(
     hard: Tensor | None,
     target: Tensor | None,
     *,
-    beta: float,
+    divergence: int,
 ) -> Tensor:
     """[N] powers of two, each bringing the largest gradient its row's weights allow to about 2^8.
 
@@ -112,7 +114,7 @@ def _float16_scale(
     """
     bound = torch.zeros_like(inv_temperature)
     gap = 16 * inv_temperature.square()
-    slope = torch.minimum(inv_temperature * (16 if beta == 1 else 1), gap)
+    slope = torch.minimum(inv_temperature * (16 if divergence == REVERSE else 1), gap)
     slope = slope.masked_fill(inv_temperature == 0, 1)  # by a weight without T^2, and over V
     for weight in (soft, target):
         if weight is not None:
@@ -137,7 +139,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
     inv_temperature = request.student_inv_temperature
     scale = None
     if dstudent is not None and dstudent.dtype == torch.float16:
-        scale = _float16_scale(inv_temperature, *weights, beta=request.beta)
+        scale = _float16_scale(inv_temperature, *weights, divergence=request.divergence)
         soft_weight, hard_weight, target_weight = (
             None if weight is None else weight * scale for weight in weights
         )
@@ -178,6 +180,7 @@ def _run(student: Tensor, request: Request, dstudent: Tensor | None) -> tuple[Te
             dstudent_rows,
             request.keep,
             request.vocab_size,
+            request.divergence,
             request.beta,
             target_weight,
             target,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
@@ -86,6 +87,13 @@ class _LossModule(_Loss, Generic[Result]):
         return options
 
     def _call(self, *inputs: Tensor | None, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._loss(*inputs, **options)
+        # An integer of a module is a constant of the graph otherwise: compiled anew for each top_k.
+        with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+            return self._loss(*inputs, **options)
+
+    def _loss(self, *inputs: Tensor | None, **options: Any) -> Any:
         current = {name: getattr(self, name) for name in self._options}
         return type(self).loss(*inputs, **{**current, **self._known(options)})
 

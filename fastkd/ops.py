@@ -17,13 +17,14 @@ from torch import Tensor
 from . import cuda, spec, triton_backend
 
 # student, dstudent [A, B, V_student], teacher [A, B, V_teacher], or [N, V] each, with stride 1 in
-# the last dimension; every vector [N], N = A * B, in the compute dtype, labels int64. See
-# spec.kd_rows.
+# the last dimension; every vector [N], N = A * B, in the compute dtype, labels and keep int64. What
+# a schedule changes is a vector: a number in a graph would be compiled anew. See spec.kd_rows.
 KD_ROWS = (
     "(Tensor student, Tensor teacher, Tensor? labels, Tensor student_inv_temperature, "
     "Tensor teacher_inv_temperature, Tensor? soft_weight, Tensor? hard_weight, "
-    "Tensor(a!)? dstudent, int keep, int vocab_size, float beta, Tensor? target_weight=None, "
-    "Tensor(b!)? target=None, bool teacher_probs=False) -> (Tensor soft, Tensor hard)"
+    "Tensor(a!)? dstudent, Tensor? keep, int vocab_size, int divergence, Tensor? beta, "
+    "Tensor? target_weight=None, Tensor(b!)? target=None, bool teacher_probs=False) "
+    "-> (Tensor soft, Tensor hard)"
 )
 # ids, log_probs [N, k]: ids ascending, each once, those >= vocab_size not there; log_rest [N]. See
 # spec.topk_rows.

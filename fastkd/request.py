@@ -11,32 +11,32 @@ from . import ops
 from .arguments import (
     as_int,
     check_inplace,
-    check_keep,
     check_labels,
     check_limit,
     check_logits,
+    check_pruning,
     check_reduction,
     check_rows,
     check_teacher_kind,
     check_temperature,
+    number_kept,
     on_host,
 )
 from .autograd import Request, SparseTeacher, Term
-from .spec import compute_dtype
+from .spec import FORWARD, MIXTURE, REVERSE, compute_dtype
 
 _FEW_ROWS = 4096
 _FLOAT_MAX = torch.finfo(torch.float32).max
+_CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}  # of array.array
 
 
 @lru_cache(maxsize=64)
-def _kept(value: float, N: int, double: bool) -> Tensor:
+def _kept(value: float, N: int, dtype: torch.dtype) -> Tensor:
     """Filled vectors of the host, never written to: two new ones are 3 of a call's 60 us.
 
     Through a buffer no dispatch mode and no transform of the caller's sees it made.
     """
-    return torch.frombuffer(
-        array("d" if double else "f", [value]) * N, dtype=torch.float64 if double else torch.float32
-    )
+    return torch.frombuffer(array(_CODES[dtype], [value]) * N, dtype=dtype)
 
 
 def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +49,7 @@ def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
             "temperature, its inverse, or the inverse of num_items"
         )
     if 0 < N <= _FEW_ROWS and on_host(like):
-        return _kept(value, N, dtype == torch.float64)
+        return _kept(value, N, dtype)
     return like.new_full((N,), value, dtype=dtype)
 
 
@@ -72,6 +72,41 @@ def _inverse_and_square(
 def _check_nothing_counts(counts: bool, num_items: float) -> None:
     if counts:
         raise ValueError(f"num_items must be > 0 where a row counts, got {num_items}")
+
+
+def _divergence(beta: float, N: int, like: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+    """Which one it is, and beta [N] of a mixture."""
+    if beta == 0:
+        return FORWARD, None
+    if beta == 1:
+        return REVERSE, None
+    # Rounded to 0 or 1 it would be no mixture, and 0 times a divergence that is infinite; and the
+    # inverse of what is smaller than that, q / m, would be near the end of the numbers.
+    number = torch.finfo(dtype)
+    least, most = number.eps**4, 1 - number.eps / 2
+    if torch.compiler.is_compiling():
+        return MIXTURE, _filled(beta, N, like, dtype).clamp(least, most)
+    return MIXTURE, _filled(min(max(beta, least), most), N, like, dtype)
+
+
+def _keep(
+    top_k: int | None, bottom_percentile: float, vocab: int, N: int, like: Tensor
+) -> Tensor | None:
+    """How many classes of a row are kept [N]; None: all."""
+    if top_k is None and bottom_percentile == 0:
+        return None
+    if not torch.compiler.is_compiling():
+        keep = number_kept(top_k, bottom_percentile, vocab)
+        return None if keep == vocab else _filled(keep, N, like, torch.int64)
+    # number_kept of numbers that may be symbols: whatever Python asks of them is compiled anew.
+    kept = _filled(vocab, N, like, torch.int64)
+    if bottom_percentile > 0:
+        double = torch.float32 if like.device.type == "mps" else torch.float64
+        percentile = _filled(bottom_percentile, N, like, double)
+        kept = kept - (percentile * vocab / 100 + 1e-6).to(torch.int64)
+    if top_k is not None:
+        kept = torch.minimum(kept, _filled(top_k, N, like, torch.int64))
+    return kept.clamp_min(1)
 
 
 def _row_scales(
@@ -167,11 +202,11 @@ def request(
     sparse = isinstance(teacher, SparseTeacher)
     if isinstance(teacher, SparseTeacher):
         assert vocab_size is not None
-        keep = vocab = vocab_size
+        vocab = vocab_size
         dtype = teacher.log_probs.dtype
     else:
         vocab = check_logits(student_logits, teacher, vocab_size)
-        keep = check_keep(top_k, bottom_percentile, vocab)
+        check_pruning(top_k, bottom_percentile)
         dtype = compute_dtype(student_logits, teacher)
     check_teacher_kind(teacher_kind)
     check_reduction(reduction, num_items)
@@ -212,9 +247,9 @@ def request(
         _term(soft_scale, soft) if wants_soft else NOT_COMPUTED,
         _term(hard_scale, hard) if wants_hard else NOT_COMPUTED,
         NOT_COMPUTED if target is None else _term(soft_scale, target),
-        keep,
+        _keep(top_k, bottom_percentile, vocab, N, student_logits),
         vocab,
-        float(beta),
+        *_divergence(float(beta), N, student_logits, dtype),
         reduction == "none",
         return_terms,
         teacher_kind == "probs",

@@ -208,7 +208,7 @@ def data_adaptive_temperature(
     rank[order] = counting[order].cumsum(0) - 1
     count = counting.sum()
     double = torch.float32 if flat.device.type == "mps" else torch.float64
-    # As in check_keep: 0.29 * 100 is 28.999999999999996.
+    # As in number_kept: 0.29 * 100 is 28.999999999999996.
     n = (count.to(double) * fraction + 1e-6).floor()
 
     if not isinstance(temperature, Tensor):

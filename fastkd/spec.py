@@ -4,9 +4,9 @@ Row by row, with z the student's and v the teacher's logits, y the label and T t
 
     K    = {i < vocab_size : v_i >= the keep-th largest v}, without classes at -inf in both rows
     p    = softmax(v / T_teacher) over K        q = softmax(z / T_student) over K
-    soft = KL(p || q)                                       beta = 0, forward
-         = KL(q || p)                                       beta = 1, reverse
-         = beta KL(p || m) + (1 - beta) KL(q || m)          else, m = beta p + (1 - beta) q
+    soft = KL(p || q)                                       FORWARD
+         = KL(q || p)                                       REVERSE
+         = beta KL(p || m) + (1 - beta) KL(q || m)          MIXTURE, m = beta p + (1 - beta) q
     hard = -log softmax(z)[y]                               at T = 1, over all classes < vocab_size
 
 Decoupled, with `target_weight`: the label joins K, soft is taken over K without it, and
@@ -32,6 +32,8 @@ from torch import Tensor
 INF = float("inf")
 NAN = float("nan")
 
+FORWARD, REVERSE, MIXTURE = range(3)  # which divergence soft is; as Mode in csrc/rows.h
+
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     """The dtype of all arithmetic, of the per-row vectors and of the loss."""
@@ -39,12 +41,17 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def kept_classes(v: Tensor, keep: int) -> Tensor:
-    """Mask [N, V] of each row's `keep` largest teacher logits; ties at the last are all kept."""
-    if keep >= v.shape[-1]:
+def kept_classes(v: Tensor, keep: Tensor | None) -> Tensor:
+    """Mask [N, V] of each row's `keep` largest teacher logits; ties at the last are all kept.
+
+    `keep` [N] is taken to the nearest number in [1, V]; None: every class.
+    """
+    if keep is None:
         return torch.ones_like(v, dtype=torch.bool)
-    threshold = v.topk(keep, dim=-1).values[:, -1:]
-    return v >= threshold
+    keep = keep.clamp(1, v.shape[-1])
+    # On the host all the largest that a row wants: elsewhere no number is read back.
+    largest = int(keep.amax()) if keep.is_cpu else v.shape[-1]
+    return v >= v.topk(largest, dim=-1).values.gather(-1, keep.unsqueeze(-1) - 1)
 
 
 def excess(la: Tensor, lb: Tensor) -> Tensor:
@@ -57,10 +64,13 @@ def excess(la: Tensor, lb: Tensor) -> Tensor:
     return torch.where(la == -INF, b, torch.where(lb == -INF, INF, value))
 
 
-def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def soft_term(
+    x: Tensor, y: Tensor, kept: Tensor, divergence: int, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The divergence D [N] of softmax(x) from softmax(y) over `kept`, and dD/dx [N, V].
 
-    A row whose divergence is NaN, or infinite under beta = 1, has a NaN gradient in every class.
+    `beta` [N]: of a mixture. A row whose D is NaN, or of the reverse one infinite, has a NaN
+    gradient in every class.
     """
     kept = kept & ~((x == -INF) & (y == -INF))
     lq = F.log_softmax(x.masked_fill(~kept, -INF), dim=-1)
@@ -70,25 +80,28 @@ def soft_term(x: Tensor, y: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, 
     def kl(la: Tensor, lb: Tensor) -> Tensor:
         return torch.where(kept, excess(la, lb), 0).sum(-1, keepdim=True)
 
-    if beta == 0:
-        divergence = kl(lp, lq)
+    if divergence == FORWARD:
+        value = kl(lp, lq)
         gradient = q - p
-    elif beta == 1:
-        divergence = kl(lq, lp)
-        gradient = q * (lq - lp - divergence)
+    elif divergence == REVERSE:
+        value = kl(lq, lp)
+        gradient = q * (lq - lp - value)
     else:
-        weight = torch.tensor(beta, dtype=x.dtype)
-        lm = torch.logaddexp(weight.log() + lp, torch.log1p(-weight) + lq)
+        assert beta is not None, "a mixture needs beta"
+        share = beta.to(x.dtype).unsqueeze(-1)
+        lm = torch.logaddexp(share.log() + lp, torch.log1p(-share) + lq)
         from_q = kl(lq, lm)
-        divergence = beta * kl(lp, lm) + (1 - beta) * from_q
-        gradient = (1 - beta) * q * (lq - lm - from_q)
+        value = share * kl(lp, lm) + (1 - share) * from_q
+        gradient = (1 - share) * q * (lq - lm - from_q)
     gradient = gradient.masked_fill(~kept | (x == -INF), 0)
-    divergence = divergence.masked_fill(~kept.any(-1, keepdim=True), NAN)  # no class, no p
-    lost = divergence.isnan() | ((divergence == INF) & (beta == 1))
-    return divergence.squeeze(-1), gradient.masked_fill(lost, NAN)
+    value = value.masked_fill(~kept.any(-1, keepdim=True), NAN)  # no class, no p
+    lost = value.isnan()
+    if divergence == REVERSE:
+        lost = lost | (value == INF)
+    return value.squeeze(-1), gradient.masked_fill(lost, NAN)
 
 
-def logit_match(z: Tensor, v: Tensor, kept: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def logit_match(z: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
     """The limit of T^2 D [N] at T = infinity, and its gradient with respect to z [N, V].
 
     Infinite, and without a gradient, where a class has a logit on one side only.
@@ -97,7 +110,10 @@ def logit_match(z: Tensor, v: Tensor, kept: Tensor, beta: float) -> tuple[Tensor
     count = kept.sum(-1, keepdim=True)
     d = (z - v).masked_fill(~kept, 0)
     d = (d - d.sum(-1, keepdim=True) / count).masked_fill(~kept, 0)
-    curvature = 1 if beta in (0, 1) else beta * (1 - beta)
+    curvature = torch.ones_like(count, dtype=z.dtype)
+    if beta is not None:
+        share = beta.to(z.dtype).unsqueeze(-1)
+        curvature = share * (1 - share)
     value = curvature * d.square().sum(-1, keepdim=True) / (2 * count)
     nowhere = kept & ((z == INF) | (v == INF))
     one_sided = kept & ((z == -INF) | (v == -INF))
@@ -120,7 +136,7 @@ def target_term(
     row_x, row_y = x.masked_fill(~others, -INF), y.masked_fill(~others, -INF)
     lse_x, lse_y = (row.logsumexp(-1, keepdim=True) for row in (row_x, row_y))
     none_x, none_y = lse_x == -INF, lse_y == -INF
-    nontarget, gradient = soft_term(row_x, row_y, others, 0.0)
+    nontarget, gradient = soft_term(row_x, row_y, others, FORWARD, None)
     nontarget = nontarget.masked_fill((none_x & ~none_y).squeeze(-1), INF)
     nontarget = nontarget.masked_fill(none_y.squeeze(-1), 0)
     gradient = gradient.masked_fill(none_x | none_y, 0)
@@ -158,10 +174,11 @@ def kd_rows(
     soft_weight: Tensor | None,  # [N]; None: the soft term is not computed
     hard_weight: Tensor | None,  # [N]; None: the hard term is not computed
     dstudent: Tensor | None,  # [A, B, V_student]; receives the gradient; may be `student`
-    keep: int,
+    keep: Tensor | None,  # [N] int64; None: nothing is pruned
     vocab_size: int,
-    beta: float,
-    target_weight: Tensor | None = None,  # [N]; given: decoupled, beside a soft_weight, beta = 0
+    divergence: int,
+    beta: Tensor | None,  # [N], given for a MIXTURE only
+    target_weight: Tensor | None = None,  # [N]; given: decoupled, beside a soft_weight, FORWARD
     target: Tensor | None = None,  # [N]; receives the target term
     teacher_probs: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -188,8 +205,9 @@ def kd_rows(
             None if soft_weight is None else soft_weight[rows],
             None if hard_weight is None else hard_weight[rows],
             None if target_weight is None else target_weight[rows],
-            keep,
-            beta,
+            None if keep is None else keep[rows],
+            divergence,
+            None if beta is None else beta[rows],
             teacher_probs,
         )
         for term, part in zip(terms, parts, strict=True):
@@ -212,8 +230,9 @@ def _kd_rows(
     soft_weight: Tensor | None,
     hard_weight: Tensor | None,
     target_weight: Tensor | None,
-    keep: int,
-    beta: float,
+    keep: Tensor | None,
+    divergence: int,
+    beta: Tensor | None,
     teacher_probs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # In float64 wherever there is one: rounding is the business of the backends that are fast.
@@ -242,7 +261,7 @@ def _kd_rows(
         bad = lost | v.isnan().any(-1)
         slope = student_inv_temperature
         if target_weight is None:
-            soft, dx = soft_term(x, y, kept, beta)
+            soft, dx = soft_term(x, y, kept, divergence, beta)
             limit = student_inv_temperature == 0
             soft_limit, dz = logit_match(z, v, kept, beta)
             soft = torch.where(limit, soft_limit, soft)
@@ -357,7 +376,7 @@ def topk_rows(
             y = torch.cat((y, log_rest.double().unsqueeze(-1)), -1)
             kept = F.pad(inside, (0, 1), value=True)
         y = y * teacher_inv_temperature.unsqueeze(-1)
-        soft, dx = soft_term(x, y, kept, 0.0)
+        soft, dx = soft_term(x, y, kept, FORWARD, None)
         if log_rest is not None:
             dx = torch.where(inside, dx[:, :-1], dx[:, -1:] * share)
         soft, dx = soft.masked_fill(lost, NAN), dx.masked_fill(lost.unsqueeze(-1), NAN)

@@ -41,7 +41,7 @@ from .triton_split import SHARED, combined, count_in, tell, values_of, wait
 
 # A size or stride of 1, or one divisible by 16, is no reason to compile another kernel.
 UNSPECIALISED = (
-    "N parts columns inner vocab width keep s_shift s_outer s_inner t_shift t_outer t_inner "
+    "N parts columns inner vocab width s_shift s_outer s_inner t_shift t_outer t_inner "
     "g_shift g_outer g_inner shift outer inner_stride"
 ).split()
 
@@ -49,7 +49,7 @@ UNSPECIALISED = (
 # Read one number at a time: where they begin is none either.
 PER_ROW = (
     "labels student_inverse teacher_inverse soft_weight hard_weight target_weight soft hard target "
-    "scale"
+    "keep beta scale"
 ).split()
 
 
@@ -235,10 +235,10 @@ def fill(row, value, low, high, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=PER_ROW)
 def kd_rows_kernel(
     student, teacher, dstudent, labels, student_inverse, teacher_inverse,
-    soft_weight, hard_weight, target_weight, soft, hard, target,
+    soft_weight, hard_weight, target_weight, soft, hard, target, keep, beta,
     counters,  # of split rows: [1 + N] int32, the tickets and one per row, 0 before and after
     shared,  # of split rows: [N, SHARED, PARTS] float32
-    N, parts, columns, inner, vocab, width, keep, beta, rest,
+    N, parts, columns, inner, vocab, width,
     s_shift, s_outer: tl.int64, s_inner: tl.int64,
     t_shift, t_outer: tl.int64, t_inner: tl.int64,
     g_shift, g_outer: tl.int64, g_inner: tl.int64,
@@ -280,10 +280,15 @@ def kd_rows_kernel(
         computed = valid & ~skipped
         s_inverse = tl.load(student_inverse + row)
         t_inverse = tl.load(teacher_inverse + row)
+        share = 0.0
+        if DIVERGENCE == MIXTURE:
+            share = tl.load(beta + row)
+        rest = 1.0 - share
         threshold = NINF
         if PRUNE:
             if computed:
-                threshold = kth_largest(t_row, low, high, keep, VECTOR, BLOCK, LANE, SAMPLE)
+                kept = tl.maximum(tl.minimum(tl.load(keep + row), vocab), 1).to(tl.int32)
+                threshold = kth_largest(t_row, low, high, kept, VECTOR, BLOCK, LANE, SAMPLE)
         at_limit = computed & (s_inverse <= MATCHES_LOGITS) & (s_inverse == t_inverse) & HAS_LIMIT
         if HAS_LIMIT:
             if at_limit & (s_inverse > 0):  # every part of a split row finds the same
@@ -304,7 +309,7 @@ def kd_rows_kernel(
             s_term, h_term, t_term, lost, last = row_terms(
                 s_row + begin, t_row + begin, g_row + begin, first, end, threshold,
                 s_inverse, t_inverse,
-                s_weight, h_weight, t_weight, label + (low - begin - first), beta, rest,
+                s_weight, h_weight, t_weight, label + (low - begin - first), share, rest,
                 counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
                 DIVERGENCE, PRUNE, PROBS, APART, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
                 PARTS,
@@ -330,7 +335,7 @@ def kd_rows_kernel(
                         tl.store(counters + 1 + row, 0)
                 s_term, h_term = limit_row(
                     s_row, t_row, g_row, low, high, threshold, label, s_inverse, s_weight, h_weight,
-                    beta, rest, DIVERGENCE, PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
+                    share, rest, DIVERGENCE, PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
                 )  # fmt: skip
                 tl.store(soft + row, s_term)
                 tl.store(hard + row, h_term)

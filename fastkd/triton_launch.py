@@ -12,6 +12,7 @@ from . import triton_backend
 from . import triton_kernels as kernels
 from . import triton_passes as passes
 from . import triton_sparse as sparse
+from .spec import FORWARD, MIXTURE, REVERSE
 
 
 class Config(NamedTuple):
@@ -48,10 +49,7 @@ SLICE = Config(256, 0)
 PARTS = 32  # at most
 # Of the cache: what rows in flight may take of it, and slices, of which more are read at a time.
 ROWS_SHARE, SLICES_SHARE = 0.6, 0.5
-SHARED, NONE, FORWARD, REVERSE, MIXTURE = (
-    int(x.value)
-    for x in (kernels.SHARED, passes.NONE, passes.FORWARD, passes.REVERSE, passes.MIXTURE)
-)
+SHARED, NONE = int(kernels.SHARED.value), int(passes.NONE.value)
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -184,7 +182,7 @@ def _check(
     teacher: Tensor,
     dstudent: Tensor | None,
     vectors: list[Tensor],
-    labels: Tensor | None,
+    integers: list[Tensor | None],
     vocab_size: int,
 ) -> None:
     """What keeps a call of the bare op from memory that is not there; kd_loss checks the rest."""
@@ -204,10 +202,11 @@ def _check(
     for vector in vectors:
         if vector.numel() != N or not vector.is_contiguous() or vector.dtype != torch.float32:
             raise ValueError("fastkd: a per-row vector must be contiguous float32 [N]")
-    if labels is not None and not (
-        labels.numel() == N and labels.is_contiguous() and labels.dtype == torch.int64
-    ):
-        raise ValueError("fastkd: labels must be contiguous int64 [N]")
+    for x in integers:
+        if x is None:
+            continue
+        if x.numel() != N or not x.is_contiguous() or x.dtype != torch.int64:
+            raise ValueError("fastkd: labels and keep must be contiguous int64 [N]")
 
 
 def _as(rows: Tensor, leading: torch.Size) -> Tensor:
@@ -225,9 +224,10 @@ def kd_rows(
     soft_weight: Tensor | None,
     hard_weight: Tensor | None,
     dstudent: Tensor | None,
-    keep: int,
+    keep: Tensor | None,
     vocab_size: int,
-    beta: float,
+    divergence: int,
+    beta: Tensor | None,
     target_weight: Tensor | None = None,
     target: Tensor | None = None,
     teacher_probs: bool = False,
@@ -239,13 +239,16 @@ def kd_rows(
         student, teacher = _as(student, leading), _as(teacher, leading)
         dstudent = None if dstudent is None else _as(dstudent, leading)
     vectors = [student_inv_temperature, teacher_inv_temperature]
-    vectors += [v for v in (soft_weight, hard_weight, target_weight, target) if v is not None]
-    _check(student, teacher, dstudent, vectors, labels, vocab_size)
+    optional = (soft_weight, hard_weight, beta, target_weight, target)
+    vectors += [v for v in optional if v is not None]
+    _check(student, teacher, dstudent, vectors, [labels, keep], vocab_size)
     apart = target_weight is not None
-    if keep < 1 or (labels is None and (apart or hard_weight is not None)):
-        raise ValueError("fastkd: keep < 1, or a term of the labels without labels")
-    if apart and (target is None or soft_weight is None or beta != 0):
-        raise ValueError("fastkd: decoupled terms need target and soft_weight, and beta = 0")
+    if labels is None and (apart or hard_weight is not None):
+        raise ValueError("fastkd: a term of the labels without labels")
+    if divergence not in (FORWARD, REVERSE, MIXTURE) or (beta is None) == (divergence == MIXTURE):
+        raise ValueError("fastkd: no such divergence, a mixture without beta, or beta besides")
+    if apart and (target is None or soft_weight is None or divergence != FORWARD):
+        raise ValueError("fastkd: decoupled terms need target, soft_weight and KL(p || q)")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
     N = soft.numel()
@@ -256,10 +259,9 @@ def kd_rows(
     sizes = student.element_size(), teacher.element_size()
     lane = 16 // min(sizes)
     vector = lane if s.alike(t, lane) else 1
-    divergence = NONE
-    if soft_weight is not None:
-        divergence = FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
-    prune = divergence != NONE and keep < vocab_size
+    if soft_weight is None:
+        divergence = NONE
+    prune = divergence != NONE and keep is not None
     shifted = vector - 1 if (s.shift | s.outer | s.inner) % vector else 0
     parts, columns, options = _plan(student.device, vocab_size, sum(sizes), prune, shifted)
     counters = shared = soft
@@ -276,9 +278,9 @@ def kd_rows(
             soft if soft_weight is None else soft_weight,
             hard if hard_weight is None else hard_weight,
             target_weight if apart else soft, soft, hard, target if apart else soft,
+            keep if prune else student, soft if beta is None else beta,
             counters, shared,
             N, parts, columns, student.shape[-2], vocab_size, student.shape[-1],
-            min(keep, vocab_size), beta, 1 - beta,
             *s[2:], *t[2:], *g[2:],
             DIVERGENCE=divergence, PRUNE=prune, PROBS=teacher_probs and divergence != NONE,
             APART=apart,
@@ -307,14 +309,14 @@ def topk_rows(
     if soft_weight is None:
         return kd_rows(
             student, student, labels, student_inv_temperature, teacher_inv_temperature, None,
-            hard_weight, dstudent, vocab_size, vocab_size, 0.0,
+            hard_weight, dstudent, None, vocab_size, FORWARD, None,
         )  # fmt: skip
     if dstudent is not None and student.dim() != dstudent.dim():
         leading = max(student.shape[:-1], dstudent.shape[:-1], key=len)
         student, dstudent = _as(student, leading), _as(dstudent, leading)
     vectors = [student_inv_temperature, teacher_inv_temperature, soft_weight]
     vectors += [v for v in (hard_weight, log_rest) if v is not None]
-    _check(student, student, dstudent, vectors, labels, vocab_size)
+    _check(student, student, dstudent, vectors, [labels], vocab_size)
     N, k = student_inv_temperature.numel(), ids.shape[-1]
     for x, dtype in ((ids, torch.int64), (log_probs, torch.float32)):
         if x.shape != (N, k) or not x.is_contiguous() or x.dtype != dtype:
@@ -353,7 +355,7 @@ def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     N = dstudent.shape[:-1].numel()
     if scale.numel() not in (1, N) or not scale.is_contiguous() or not scale.is_floating_point():
         raise ValueError("fastkd: scale must be contiguous, one value or N, of a floating dtype")
-    _check(dstudent, dstudent, None, [], None, 1)
+    _check(dstudent, dstudent, None, [], [], 1)
     if N == 0:
         return
     g = _rows(dstudent)

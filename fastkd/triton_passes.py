@@ -6,6 +6,7 @@ See triton_kernels.py for their order.
 import triton
 import triton.language as tl
 
+from . import spec
 from .triton_math import (
     LN2,
     LOG2E,
@@ -25,8 +26,10 @@ from .triton_math import (
     whole_start,
 )
 
-# Which divergence D(p, q): none, KL(p||q), KL(q||p), the mixture of spec.py.
-NONE, FORWARD, REVERSE, MIXTURE = (tl.constexpr(i) for i in range(4))
+# Which divergence D(p, q): none, or one of spec.py.
+NONE, FORWARD, REVERSE, MIXTURE = (
+    tl.constexpr(x) for x in (-1, spec.FORWARD, spec.REVERSE, spec.MIXTURE)
+)
 
 
 @triton.jit

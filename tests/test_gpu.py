@@ -11,6 +11,7 @@ from conftest import BACKENDS, NAN, Backend, normal, pair, some_labels
 import fastkd
 from benchmarks.gpu import captured
 from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
+from fastkd.spec import FORWARD, MIXTURE
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "cuda"]
 pytestmark = pytest.mark.gpu
@@ -228,18 +229,22 @@ def test_the_op_refuses_memory_of_another_device(gpu):
         bad[position] = bad[position].cpu()
         with pytest.raises(RuntimeError, match=r"device|elsewhere"):
             torch.ops.fastkd.topk_rows(*bad)
-    tensors = (student, teacher, labels, one, one, one, one, torch.empty_like(student))
-    torch.ops.fastkd.kd_rows(*tensors, 3001, 3001, 0.0)
+    keep = torch.full((7,), 9, device="cuda")
+    tensors = (student, teacher, labels, one, one, one, one, torch.empty_like(student), keep)
+    torch.ops.fastkd.kd_rows(*tensors, 3001, MIXTURE, one)
     for position in range(1, len(tensors)):
-        bad = [*tensors, 3001, 3001, 0.0]
+        bad = [*tensors, 3001, MIXTURE, one]
         bad[position] = bad[position].cpu()
         with pytest.raises(RuntimeError, match="device"):
             torch.ops.fastkd.kd_rows(*bad)
     with pytest.raises(RuntimeError, match="device"):
+        torch.ops.fastkd.kd_rows(*tensors, 3001, MIXTURE, one.cpu())
+    with pytest.raises(RuntimeError, match="device"):
         torch.ops.fastkd.scale_rows_(student, torch.ones(1))
     with pytest.raises(RuntimeError, match="float64"):
         torch.ops.fastkd.kd_rows(student.double(), teacher.double(), None, one.double(),
-                                 one.double(), one.double(), None, None, 9, 9, 0.0)  # fmt: skip
+                                 one.double(), one.double(), None, None, None, 9, FORWARD,
+                                 None)  # fmt: skip
     torch.cuda.synchronize()
 
 

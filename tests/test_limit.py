@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import ops
+from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 REFERENCE = Backend("reference")
 BETAS = {0.0: 1.0, 1.0: 1.0, 0.5: 0.25, 0.3: 0.21}  # and c, the curvature beside that of KL
@@ -193,7 +194,9 @@ def test_beside_the_other_options(backend, T):
     assert (grad[[0, 3, 4, 5]] != 0).all()
 
 
-@pytest.mark.parametrize("options", [(300, 0.0), (40, 0.3), (280, 1.0)])
+@pytest.mark.parametrize(
+    "options", [(None, FORWARD, None), (40, MIXTURE, 0.3), (280, REVERSE, None)]
+)
 def test_rows_at_the_limit_beside_others(backend, options):
     """In one call of the op, and the gradient, large or small, over the student."""
     z, v = pair(8, 300)
@@ -201,7 +204,7 @@ def test_rows_at_the_limit_beside_others(backend, options):
     soft_weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 0.0, 1e6, 0.0, 1e12])
     hard_weight = torch.tensor([0.5, 0.0, 1.0, 1.0, 0.0, 1e5, 1e7, 0.0])
     labels = torch.tensor([0, 290, 7, 150, 300, 12, 299, 3])
-    keep, beta = options
+    keep, divergence, beta = options
     results = []
     for name, device in ((backend.name, backend.device), ("reference", "cpu")):
         op = ops.choose_backend(name, torch.device(device), torch.float32).kd_rows
@@ -209,7 +212,9 @@ def test_rows_at_the_limit_beside_others(backend, options):
             x.to(device, copy=True) for x in (z, v, labels, inverse, soft_weight, hard_weight)
         )
         t, y, T, soft, hard = vectors
-        terms = op(rows, t, y, T, T, soft, hard, rows, keep, 300, beta)
+        kept = None if keep is None else torch.full((8,), keep, device=device)
+        mixed = None if beta is None else torch.full((8,), beta, device=device)
+        terms = op(rows, t, y, T, T, soft, hard, rows, kept, 300, divergence, mixed)
         results.append([x.cpu() for x in (*terms, rows)])
     # No row takes a neighbour's temperature or weight; how exact it is, is asked elsewhere.
     for actual, expected in zip(*results, strict=True):

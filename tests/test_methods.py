@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
+from fastkd.spec import FORWARD
 
 
 def losses(N: int, V: int, backend: str = "cpu", device: str = "cpu") -> dict:
@@ -102,6 +103,7 @@ def test_opcheck_of_the_decoupled_terms(op, gradient):
     one = torch.ones(6)
     args = (
         student, teacher.softmax(-1), some_labels(6, 8), one, one, one, None,
-        torch.empty_like(student) if gradient else None, 9, 8, 0.0, one, torch.empty(6), True,
+        torch.empty_like(student) if gradient else None, None, 8, FORWARD, None, one,
+        torch.empty(6), True,
     )  # fmt: skip
     opcheck(getattr(torch.ops.fastkd, op).default, args)

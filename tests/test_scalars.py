@@ -1,5 +1,5 @@
-"""Every scalar argument through every compiled op and back: under the stable ABI an argument whose
-type drifts is not refused, it arrives as another number.
+"""Every number through every compiled op and back, a scalar or a row's: under the stable ABI an
+argument whose type drifts is not refused, it arrives as another number.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from conftest import BETAS, INSTRUCTION_SETS, Backend, check, normal, pair, some_labels
 
 import fastkd
+from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 pytestmark = pytest.mark.skipif(
     bool(fastkd.backends()["cpu"]), reason="; ".join(fastkd.backends()["cpu"])
@@ -22,18 +23,21 @@ OPS = ("kd_rows", "kd_rows_reference")
 
 
 def call(
-    op: str, student, teacher, *, keep=None, vocab_size=None, beta=0.0, labels=None,
-    student_inverse=1.0, teacher_inverse=1.0, soft_weight=1.0, hard_weight=None,
+    op: str, student, teacher, *, keep=None, vocab_size=None, divergence=FORWARD, beta=None,
+    labels=None, student_inverse=1.0, teacher_inverse=1.0, soft_weight=1.0, hard_weight=None,
 ):  # fmt: skip
     """(soft, hard, dstudent) of rows [N, V], straight from the op."""
     N, V = student.shape
-    like = {"dtype": student.dtype}
-    dstudent = torch.full((1, N, V), 77.0, **like)
-    vector = lambda value: None if value is None else torch.full((N,), value, **like)  # noqa: E731
+    dstudent = torch.full((1, N, V), 77.0, dtype=student.dtype)
+
+    def vector(value, dtype=student.dtype):
+        return None if value is None else torch.tensor(value, dtype=dtype).expand(N).clone()
+
     soft, hard = getattr(torch.ops.fastkd, op)(
         student[None], teacher[None], labels, vector(student_inverse), vector(teacher_inverse),
         vector(soft_weight), vector(hard_weight), dstudent,
-        V if keep is None else keep, V if vocab_size is None else vocab_size, beta,
+        vector(keep, torch.int64), V if vocab_size is None else vocab_size, divergence,
+        vector(beta),
     )  # fmt: skip
     return soft, hard, dstudent[0]
 
@@ -51,11 +55,19 @@ def test_keep(op, keep):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("keep", [2**31, 2**32 + 1, 2**32 + 3, 2**40 + 2, 2**62])
+@pytest.mark.parametrize("keep", [50, 51, 2**31, 2**32 + 1, 2**32 + 3, 2**40 + 2, 2**62])
 def test_keep_has_64_bits(op, keep):
-    """More than there are classes: all are kept, however the low bits read."""
+    """As many as there are classes or more: all are kept, however the low bits read."""
     s, t = distinct(2, 50)
     for actual, expected in zip(call(op, s, t, keep=keep), call(op, s, t), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("keep", [0, -1, -(2**31), 1 - 2**32, -(2**63)])
+def test_one_class_at_least_is_kept(op, keep):
+    s, t = distinct(2, 50)
+    for actual, expected in zip(call(op, s, t, keep=keep), call(op, s, t, keep=1), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -84,12 +96,31 @@ def test_beta(op, beta):
     expected = beta * kl(a, m) + (1 - beta) * kl(b, m)
     if beta in (0, 1):
         expected = kl(a, b) if beta == 0 else kl(b, a)
-    soft = call(op, logits(b), logits(a), beta=beta)[0].item()
+    divergence = {0: FORWARD, 1: REVERSE}.get(beta, MIXTURE)
+    given = beta if divergence == MIXTURE else None
+    soft = call(op, logits(b), logits(a), divergence=divergence, beta=given)[0].item()
     assert abs(soft - expected) <= 1e-13 + 1e-11 * expected
     # That a neighbouring beta would have been seen:
     if 0 < beta < 1:
-        other = call(op, logits(b), logits(a), beta=beta * (1 - 1e-6))[0].item()
-        assert other != soft
+        near = beta * (1 - 1e-6)
+        assert call(op, logits(b), logits(a), divergence=MIXTURE, beta=near)[0].item() != soft
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_have_numbers_of_their_own(op):
+    """keep and beta of each row are those of no neighbour."""
+    s, t = distinct(40, 3000)
+    keep = torch.arange(40) ** 2 + 1
+    keep[::7] = 3000
+    beta = torch.linspace(0.01, 0.99, 40, dtype=torch.float64)
+    options = {"student_inverse": 0.5, "teacher_inverse": 0.5, "divergence": MIXTURE}
+    together = call(op, s, t, keep=keep.tolist(), beta=beta.tolist(), **options)
+    for r in range(40):
+        alone = call(op, s[r : r + 1], t[r : r + 1], keep=keep[r].item(), beta=beta[r].item(),
+                     **options)  # fmt: skip
+        for actual, expected in zip(together, alone, strict=True):
+            assert torch.equal(actual[r : r + 1], expected)
+        assert (together[2][r] != 0).sum() == keep[r]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -182,9 +213,15 @@ UNREADABLE = {
     "labels int32": (2, torch.tensor([1, 2]).int()),
     "labels length": (2, torch.tensor([1])),
     "no labels": (2, None),
-    "keep 0": (8, 0),
+    "keep int32": (8, torch.tensor([1, 2]).int()),
+    "keep length": (8, torch.tensor([1])),
     "vocab_size 0": (9, 0),
     "vocab_size large": (9, 21),
+    "divergence 3": (10, 3),
+    "divergence -1": (10, -1),
+    "divergence of 64 bits": (10, 2**32),
+    "mixture without beta": (10, MIXTURE),
+    "beta of no mixture": (11, torch.ones(2).double()),
     "student int": (0, torch.ones(1, 2, 20).int()),
     "student stride": (0, torch.ones(2, 20, 2).double()[..., 0]),
     "student 1-D": (0, torch.ones(40).double()),
@@ -203,7 +240,7 @@ def test_the_op_refuses_what_it_cannot_read(change):
     s, t = distinct(2, 20)
     like = {"dtype": torch.float64}
     args = [s[None], t[None], torch.tensor([1, 2]), *(torch.ones(2, **like) for _ in range(4)),
-            torch.zeros(1, 2, 20, **like), 20, 20, 0.0]  # fmt: skip
+            torch.zeros(1, 2, 20, **like), torch.tensor([9, 20]), 20, FORWARD, None]  # fmt: skip
     torch.ops.fastkd.kd_rows(*args)
     at, args[at] = UNREADABLE[change]
     with pytest.raises(RuntimeError, match="fastkd"):
@@ -219,7 +256,7 @@ def test_the_op_takes_the_same_rows_in_other_shapes():
         student, teacher = s.view(shapes[0]), t.view(shapes[1])
         dstudent = torch.zeros(shapes[2], dtype=torch.float64)
         torch.ops.fastkd.kd_rows(
-            student, teacher, None, ones, ones, ones, None, dstudent, 20, 20, 0.0
+            student, teacher, None, ones, ones, ones, None, dstudent, None, 20, FORWARD, None
         )
         return dstudent.view(6, 20)
 

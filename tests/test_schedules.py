@@ -8,7 +8,7 @@ from conftest import INF, NAN, normal, pair, run
 
 import fastkd
 from fastkd import schedules
-from fastkd.arguments import check_keep
+from fastkd.arguments import number_kept
 
 
 def test_the_examples_of_the_docstrings():
@@ -43,7 +43,7 @@ def test_epoch_adaptive_temperature_at_its_ends():
 def test_pruning_percentile():
     values = [schedules.pruning_percentile(e, 80) for e in range(81)]
     assert values[:20] == [0.0] * 20 and values[60:] == [40.0] * 21
-    dropped = [100 - check_keep(None, values[e], 100) for e in (0, 20, 40, 60)]
+    dropped = [100 - number_kept(None, values[e], 100) for e in (0, 20, 40, 60)]
     assert dropped == [0, 13, 26, 40]
     assert [schedules.pruning_percentile(e, 4, [0, 10, 20, 40]) for e in range(4)] == [
         0,

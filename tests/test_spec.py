@@ -263,7 +263,7 @@ def _keep(V_: int, percentile: float) -> int:
 def test_ties_at_the_threshold_are_all_kept():
     v = torch.tensor([[3.0, 1, 1, 1, 2, 0]], dtype=torch.float64)
     for drop, kept in ((2, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 3, 4]), (4, [0, 4]), (5, [0])):
-        mask = spec.kept_classes(v, 6 - drop)
+        mask = spec.kept_classes(v, torch.tensor([6 - drop]))
         assert mask[0].nonzero().squeeze(-1).tolist() == kept
         compare(normal(1, 6, dtype=torch.float64), v, kept=[kept], top_k=6 - drop)
 

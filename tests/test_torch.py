@@ -19,6 +19,7 @@ from fastkd import (
     topk_kd_loss,
     topk_teacher,
 )
+from fastkd.spec import MIXTURE
 
 KD_ROWS = ("kd_rows", "kd_rows_reference")
 SCALE_ROWS = ("scale_rows_", "scale_rows_reference_")
@@ -38,7 +39,7 @@ def test_opcheck_kd_rows(op, dtype, gradient, terms):
     args = (
         s, t, None if terms == "soft" else some_labels(6, 8), vector(0.5), vector(0.25),
         None if terms == "hard" else vector(1.0), None if terms == "soft" else vector(2.0),
-        torch.empty_like(s) if gradient else None, 5, 8, 0.3,
+        torch.empty_like(s) if gradient else None, torch.full((6,), 5), 8, MIXTURE, vector(0.3),
     )  # fmt: skip
     opcheck(getattr(torch.ops.fastkd, op).default, args)
 

@@ -98,11 +98,7 @@ def test_one_kernel_for_every_size():
 
     dense = kernels_of((1, 20000), (2, 20001), (16, 32768), (67, 30000))
     split = kernels_of((1, 65537), (2, 131072), (16, 128256), (1, 400000), (64, 262144))
-    pruned = {
-        hash
-        for keep in (1, 2, 16, 333)
-        for hash in kernels_of((1, 20000), (16, 32768), (100, 131072), keep=keep)
-    }
+    pruned = kernels_of((1, 20000), (16, 32768), (100, 131072), pruned=True)
     assert len(dense) == len(split) == len(pruned) == 1 and len(dense | split | pruned) == 3
     sparse = {
         hash

@@ -14,6 +14,7 @@ if fastkd.backends()["triton"]:
 import triton
 import triton.language as tl
 
+from fastkd.spec import FORWARD, MIXTURE
 from fastkd.triton_math import row_offset
 from fastkd.triton_select import kth_largest
 
@@ -68,7 +69,9 @@ def test_nothing_is_written_beside_the_rows(inverse):
         base[:, 5 : 5 + V] = s
         vector = torch.ones(3, device=TRITON.device)
         t, rows, T = t.to(TRITON.device), base[:, 5 : 5 + V], inverse * vector
-        torch.ops.fastkd.kd_rows_triton(rows, t, None, T, T, vector, None, rows, V, V, 0)
+        torch.ops.fastkd.kd_rows_triton(
+            rows, t, None, T, T, vector, None, rows, None, V, FORWARD, None
+        )
         torch.ops.fastkd.scale_rows_triton_(rows, 2 * vector)
         assert (base[:, :5] == 77).all() and (base[:, 5 + V :] == 77).all()
         assert (rows != s.to(TRITON.device)).any(-1).all()
@@ -162,7 +165,7 @@ def test_rows_of_two_and_of_three_dimensions():
         for shape in ((6, 30), (2, 3, 30)):
             g = torch.empty(shape, device=TRITON.device)
             soft, _ = torch.ops.fastkd.kd_rows_triton(
-                student, teacher, None, vector, vector, vector, None, g, 30, 30, 0.0
+                student, teacher, None, vector, vector, vector, None, g, None, 30, FORWARD, None
             )
             results.append((soft, g.view(6, 30)))
     for soft, g in results[1:]:
@@ -171,7 +174,8 @@ def test_rows_of_two_and_of_three_dimensions():
 
 def test_the_bare_op_reads_nothing_that_is_not_there():
     s, vector = torch.zeros(3, 9), torch.ones(3)
-    good = [s, s, None, vector, vector, vector, None, s.clone(), 9, 9, 0.0]
+    keep = torch.tensor([9, 8, 1])
+    good = [s, s, None, vector, vector, vector, None, s.clone(), keep, 9, FORWARD, None]
 
     def refused(**replaced):
         arguments = list(good)
@@ -193,9 +197,14 @@ def test_the_bare_op_reads_nothing_that_is_not_there():
     refused(_6=vector)  # without labels
     refused(_7=s[:2].clone())
     refused(_7=torch.zeros(3, 10))
-    refused(_8=0)
+    refused(_8=torch.tensor([9, 8]))
+    refused(_8=torch.tensor([9, 8, 1]).int())
     refused(_9=10)
     refused(_9=0)
+    refused(_10=3)
+    refused(_10=MIXTURE)  # without beta
+    refused(_11=vector)  # of no mixture
+    refused(_10=MIXTURE, _11=vector.double())
     with pytest.raises(ValueError, match="scale"):
         torch.ops.fastkd.scale_rows_triton_(s.to(TRITON.device), torch.ones(2))
 

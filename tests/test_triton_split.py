@@ -15,6 +15,7 @@ if not triton_backend.INTERPRETED or triton_backend.MISSING:
 import triton_interpreter as turns
 
 from fastkd import triton_launch
+from fastkd.spec import FORWARD
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
 N, V = 3, 90  # in slices of 32 columns
@@ -78,8 +79,9 @@ def test_counters_are_enough():
         g = torch.empty(4, V + 40)
         wide = torch.cat([s, torch.full((4, 40), NAN)], 1)
         soft, hard = torch.ops.fastkd.kd_rows_triton(
-            wide, t, torch.tensor([0, V, -3, 1]), vector, vector, vector, vector, g, V, V, 0.0
-        )
+            wide, t, torch.tensor([0, V, -3, 1]), vector, vector, vector, vector, g, None, V,
+            FORWARD, None,
+        )  # fmt: skip
     for values in (soft, hard, g[:, :V].sum(-1)):
         assert torch.equal(values.isnan(), torch.tensor([False, True, True, False]))
     assert (g[:, V:] == 0).all()

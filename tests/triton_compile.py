@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkd import triton_launch
+from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 TARGETS = {
     **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 90, 100, 120)},
@@ -81,17 +82,17 @@ VARIANTS: dict[str, dict] = {
     "forward": {},
     "forward, no gradient": {"gradient": False},
     "forward + hard": {"hard": True},
-    "reverse": {"beta": 1.0},
-    "mixture": {"beta": 0.3},
-    "pruned": {"keep": 1},
-    "pruned mixture + hard": {"keep": 7, "beta": 0.3, "hard": True},
+    "reverse": {"divergence": REVERSE},
+    "mixture": {"divergence": MIXTURE},
+    "pruned": {"pruned": True},
+    "pruned mixture + hard": {"pruned": True, "divergence": MIXTURE, "hard": True},
     "hard": {"hard": True, "soft": False},
     "decoupled": {"decoupled": True},
     "decoupled + hard": {"decoupled": True, "hard": True},
-    "decoupled, pruned": {"decoupled": True, "keep": 7},
+    "decoupled, pruned": {"decoupled": True, "pruned": True},
     "probabilities": {"probs": True},
-    "probabilities, pruned": {"probs": True, "keep": 7},
-    "probabilities mixture": {"probs": True, "beta": 0.3},
+    "probabilities, pruned": {"probs": True, "pruned": True},
+    "probabilities mixture": {"probs": True, "divergence": MIXTURE},
     "decoupled probs + hard": {"decoupled": True, "probs": True, "hard": True},
     "sparse bucket": {"named": 64},
     "sparse bucket + hard": {"named": 64, "hard": True},
@@ -104,22 +105,22 @@ VARIANTS: dict[str, dict] = {
     "split": LONG,
     "split, no gradient": {"gradient": False, **LONG},
     "split + hard": {"hard": True, **LONG},
-    "split reverse": {"beta": 1.0, **LONG},
-    "split mixture": {"beta": 0.3, **LONG},
+    "split reverse": {"divergence": REVERSE, **LONG},
+    "split mixture": {"divergence": MIXTURE, **LONG},
     "split hard": {"hard": True, "soft": False, **LONG},
     "split decoupled + hard": {"decoupled": True, "hard": True, **LONG},
     "split probabilities": {"probs": True, **LONG},
     "V = 50": {"V": 50},
-    "V = 50, pruned": {"V": 50, "keep": 1},
+    "V = 50, pruned": {"V": 50, "pruned": True},
     "V = 5003": {"V": 5003},
-    "V = 5003, pruned": {"V": 5003, "keep": 1},
+    "V = 5003, pruned": {"V": 5003, "pruned": True},
 }
 
 
 def launch(
     dtype: torch.dtype = torch.bfloat16, N: int = 4, V: int = 20001, *,
-    teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, keep: int | None = None,
-    beta: float = 0.0, hard: bool = False, soft: bool = True, gradient: bool = True,
+    teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, pruned: bool = False,
+    divergence: int = FORWARD, hard: bool = False, soft: bool = True, gradient: bool = True,
     decoupled: bool = False, probs: bool = False, named: int = 0, outside: str = "bucket",
 ) -> None:  # fmt: skip
     """One call of the op; inside `captured` nothing is read or written."""
@@ -140,8 +141,9 @@ def launch(
         torch.empty(N, dtype=torch.int64) if hard or decoupled else None, vector, vector,
         vector if soft else None, vector if hard else None,
         torch.empty_like(student) if gradient else None,
-        V if keep is None else keep, V, beta,
-        vector if decoupled else None, torch.empty(N) if decoupled else None, probs,
+        torch.empty(N, dtype=torch.int64) if pruned else None, V, divergence,
+        vector if divergence == MIXTURE else None, vector if decoupled else None,
+        torch.empty(N) if decoupled else None, probs,
     )  # fmt: skip
 
 

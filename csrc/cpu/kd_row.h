@@ -22,8 +22,9 @@ class Row {
         hard_(T(1), wants_gradient() && hard_weight_ != 0 ? work.h() : nullptr,
               work.hard_frames()) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
-    share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 && call.keep >= vocab_ &&
-             !call.target_weight && vector(call.student_inv_temperature) == 1;
+    share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 &&
+             call.kept(row) == vocab_ && !call.target_weight &&
+             vector(call.student_inv_temperature) == 1;
   }
 
   void run() {
@@ -72,7 +73,7 @@ class Row {
       if (!(sum > 0)) hard = kNaN<T>;
     }
     if (!wants_gradient()) return;
-    const bool lost_if_infinite = call_.beta == 1 || soft_.matches_logits();
+    const bool lost_if_infinite = call_.divergence == Mode::kReverse || soft_.matches_logits();
     const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
     if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
       fill(kNaN<T>);

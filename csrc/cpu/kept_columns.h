@@ -22,16 +22,17 @@ class KeptColumns {
         row_(row),
         after_(after),
         columns_(call.vocab_size),
+        keep_(call.kept(row)),
         label_(call.target_weight ? call.labels[row] : -1) {}
 
   // To be called before any column is read. False: a NaN was met.
   bool select() {
-    if (call_.keep >= call_.vocab_size) return true;
+    if (keep_ == call_.vocab_size) return true;
     teacher_ = stored_teacher(0, columns_, work_.teacher());
-    threshold_ = kth_largest(teacher_, columns_, call_.keep, work_.a(), work_.b());
+    threshold_ = kth_largest(teacher_, columns_, keep_, work_.a(), work_.b());
     if (std::isnan(threshold_)) return false;  // a NaN leaves the teacher without an order
     const int64_t few = columns_ / 32;
-    if (call_.keep <= few && gather(few)) {
+    if (keep_ <= few && gather(few)) {
       return !row_has_nan(call_.student, row_, call_.vocab_size);
     }
     masked_ = true;
@@ -163,6 +164,7 @@ class KeptColumns {
   Workspace<T>& work_;
   const int64_t row_, after_;
   int64_t columns_;
+  const int64_t keep_;          // of them
   const int64_t label_;         // that is left out; -1: none
   const T* teacher_ = nullptr;  // converted whole where classes are pruned, or gathered
   const T* student_ = nullptr;  // gathered

@@ -24,8 +24,9 @@ class SoftTerm {
         weight_(weight),
         target_weight_(target_weight),
         student_inverse_(static_cast<const T*>(call.student_inv_temperature)[row]),
-        reverse_(call.beta == 1),
-        mixed_(call.beta > 0 && call.beta < 1),
+        reverse_(call.divergence == Mode::kReverse),
+        mixed_(call.divergence == Mode::kMixture),
+        beta_(mixed_ ? static_cast<const T*>(call.beta)[row] : T(0)),
         match_(work) {
     const T teacher_inverse = static_cast<const T*>(call.teacher_inv_temperature)[row];
     inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse}
@@ -103,7 +104,7 @@ class SoftTerm {
     const Scales scale = scales(frame);
     double a = 0, b = 0;
     if (mixed_) {
-      b = (1 - call_.beta) * weight;
+      b = (1 - beta_) * weight;
       a = -b * from_student_ + hard_weight;
     } else if (!reverse_) {
       const double hard = hard_weight * scale.other;
@@ -124,7 +125,7 @@ class SoftTerm {
   using Chunk = typename KeptColumns<T>::Chunk;
 
   // Of the divergence at p = q, beside that of KL.
-  double curvature() const { return mixed_ ? call_.beta * (1 - call_.beta) : 1; }
+  double curvature() const { return mixed_ ? beta_ * (1 - beta_) : 1; }
 
   void read_first(const Chunk& chunk, int64_t begin) {
     if (matches_logits()) {
@@ -298,14 +299,14 @@ class SoftTerm {
         const int64_t n = std::min(kChunk, columns() - begin);
         const Scales scale = scales(work_.soft_frames()[index]);
         const Mixture<T> chunk =
-            mixture(work_.a() + begin, work_.b() + begin, n, static_cast<T>(call_.beta),
+            mixture(work_.a() + begin, work_.b() + begin, n, static_cast<T>(beta_),
                     static_cast<T>(scale.other), static_cast<T>(scale.lead),
                     static_cast<T>(scale.other - scale.lead));
         total.from_teacher += chunk.from_teacher;
         total.from_student += chunk.from_student;
       }
       from_student_ = total.from_student;
-      divergence_ = call_.beta * total.from_teacher + (1 - call_.beta) * total.from_student;
+      divergence_ = beta_ * total.from_teacher + (1 - beta_) * total.from_student;
     } else if (sums_.forbidden) {
       divergence_ = kInf<double>;
     } else if (!alike) {
@@ -352,6 +353,7 @@ class SoftTerm {
   KeptColumns<T> columns_;
   const T weight_, target_weight_, student_inverse_;
   const bool reverse_, mixed_;
+  const double beta_;
   Temperatures<T> inverse_;
   Keep keep_;
   bool guarded_ = false;  // an infinity was met in this row

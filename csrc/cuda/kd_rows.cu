@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 template <class Exchange>
 auto kernel_of(const KdRows& call) {
-  return call.beta == 0   ? kd_rows_kernel<Exchange, Mode::kForward>
-         : call.beta == 1 ? kd_rows_kernel<Exchange, Mode::kReverse>
-                          : kd_rows_kernel<Exchange, Mode::kMixture>;
+  return call.divergence == Mode::kForward   ? kd_rows_kernel<Exchange, Mode::kForward>
+         : call.divergence == Mode::kReverse ? kd_rows_kernel<Exchange, Mode::kReverse>
+                                             : kd_rows_kernel<Exchange, Mode::kMixture>;
 }
 
 constexpr int kDevices = 64;
@@ -169,8 +169,8 @@ Device ask(int device) {
     }
   };
   prepare(topk_rows_kernel<Tickets>, topk_rows_kernel<Cluster>);
-  for (const double beta : {0.0, 0.5, 1.0}) {
-    call.beta = beta;
+  for (const Mode divergence : {Mode::kForward, Mode::kMixture, Mode::kReverse}) {
+    call.divergence = divergence;
     prepare(kernel_of<Tickets>(call), kernel_of<Cluster>(call));
   }
   answer.stage_bytes = shared - static_cast<int>(sizeof(Shared<Cluster>));
@@ -218,7 +218,7 @@ const char* launch(const KdRows& call, const SparseTeacher* sparse, const Plan& 
 }
 
 TicketSpace ticket_space(const KdRows& call, const Plan& plan) {
-  return {call.N, plan.parts, plan.slots, call.keep < call.vocab_size};
+  return {call.N, plan.parts, plan.slots, call.keep != nullptr};
 }
 
 // The call without its teacher, which is a sparse one.
@@ -235,7 +235,7 @@ KdRows student_rows(const TopkRows& call) {
   rows.soft = call.soft;
   rows.hard = call.hard;
   rows.N = call.N;
-  rows.keep = rows.vocab_size = call.vocab_size;
+  rows.vocab_size = call.vocab_size;
   rows.is_double = call.is_double;
   return rows;
 }

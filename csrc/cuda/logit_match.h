@@ -22,7 +22,7 @@ class LogitMatch : RereadSlice<Exchange> {
       : RereadSlice<Exchange>(row),
         unit_(row.teacher_probs() ? kLn2 : 1.0f),
         inverse_(row.student_inverse()),
-        beta_(static_cast<float>(row.call.beta)) {}
+        beta_(row.beta()) {}
 
   // False: T is finite, and some logit is not, or so large that the sides are not flat. Nothing has
   // been written then.
@@ -47,7 +47,7 @@ class LogitMatch : RereadSlice<Exchange> {
     if (!is_nan(soft)) soft = curvature() * fmaxf(soft, 0.0f);
     // A class has a logit on one side only.
     if (first.forbidden > 0) soft = is_nan(first.lead) ? kNaN : kInf;
-    if (beta_ == 1) from_student_ = fmaf(inverse_, soft, rest_);
+    if (is(Mode::kReverse)) from_student_ = fmaf(inverse_, soft, rest_);
     float hard = 0;
     if (row_.has_hard()) {
       hard = second.hard > 0 ? logf(second.hard) + (hard_frame_ - second.label) : kNaN;
@@ -75,12 +75,10 @@ class LogitMatch : RereadSlice<Exchange> {
   static constexpr float kFlat = 1.0f / 16;
 
   __device__ static bool is_nan(float x) { return x != x; }
+  __device__ bool is(Mode divergence) const { return row_.call.divergence == divergence; }
 
   // Of the divergence at equal logits, beside that of KL.
-  __device__ float curvature() const {
-    const double beta = row_.call.beta;
-    return beta == 0 || beta == 1 ? 1 : static_cast<float>(beta * (1 - beta));
-  }
+  __device__ float curvature() const { return is(Mode::kMixture) ? beta_ * (1 - beta_) : 1; }
 
   __device__ static bool is_there(float student, float teacher) {
     return student != -kInf || teacher != -kInf;
@@ -129,16 +127,16 @@ class LogitMatch : RereadSlice<Exchange> {
 
   // What a class adds to T^2 D, but for the curvature.
   __device__ float divergence(const Class& c) const {
-    if (beta_ == 0) return c.p * square(c.u);
-    if (beta_ == 1) return c.q * square(-c.u);
+    if (is(Mode::kForward)) return c.p * square(c.u);
+    if (is(Mode::kReverse)) return c.q * square(-c.u);
     const float rest = 1 - beta_;
     const auto [m, y] = mixture(c);
     const float from_p = entropy_series(-rest * inverse_ * y);
     return m * y * y * fmaf(beta_, entropy_series(beta_ * inverse_ * y), rest * from_p);
   }
   __device__ float gradient(const Class& c) const {
-    if (beta_ == 0) return c.p * (c.w - rest_);
-    return c.q * ((beta_ == 1 ? c.u : beside_mixture(c)) - from_student_);
+    if (is(Mode::kForward)) return c.p * (c.w - rest_);
+    return c.q * ((is(Mode::kReverse) ? c.u : beside_mixture(c)) - from_student_);
   }
 
   // The sum of z - v, or of T (exp(z / T) - exp(v / T)), as `lead`, that of T expm1(z / T) as

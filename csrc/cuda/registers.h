@@ -50,7 +50,7 @@ class Registers : Slice<Exchange, true> {
     if (kMode == Mode::kMixture && row_.has_soft()) {
       const Sums mixed = mix(lead, other);
       from_student = mixed.other;
-      const float beta = static_cast<float>(row_.call.beta);
+      const float beta = row_.beta();
       soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
     }
     row_.write_terms(soft.value, hard);
@@ -98,7 +98,7 @@ class Registers : Slice<Exchange, true> {
   __device__ __forceinline__ void prune() {
     const float none = row_.teacher_probs() ? 0.0f : -kInf;
     const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                                        row_.call.keep, none, [&](const auto& fn) {
+                                        row_.keep(), none, [&](const auto& fn) {
                                           each([&](int i) {
 #pragma unroll
                                             for (int j = 0; j < kPerLane; ++j)
@@ -230,7 +230,7 @@ class Registers : Slice<Exchange, true> {
   // q ln(q / m) where the teacher was. With y = (q - p) / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta
   // y, and each divergence is a sum of r ln r - r + 1 over m, without cancellation.
   __device__ __forceinline__ Sums mix(float per_p, float per_q) {
-    const float beta = static_cast<float>(row_.call.beta);
+    const float beta = row_.beta();
     float from_teacher = 0, from_student = 0;
     each([&](int i) {
 #pragma unroll
@@ -281,7 +281,7 @@ class Registers : Slice<Exchange, true> {
       a_ = scaled * (fmaf(shift, kLn2, soft.log_ratio) - soft.value) + hard * lead;
       b_ = scaled * kLn2;
     } else {
-      const float scaled = off ? 0 : (1 - static_cast<float>(row_.call.beta)) * weight;
+      const float scaled = off ? 0 : (1 - row_.beta()) * weight;
       a_ = hard - scaled * from_student;
       b_ = scaled;
     }

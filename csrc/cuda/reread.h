@@ -12,7 +12,7 @@ class Reread : RereadSlice<Exchange> {
       : RereadSlice<Exchange>(row),
         student_inverse_(row.student_inverse()),
         teacher_inverse_(row.teacher_inverse()),
-        beta_(static_cast<float>(row.call.beta)) {}
+        beta_(row.beta()) {}
 
   __device__ void run() {
     this->prune();

@@ -81,7 +81,7 @@ class RereadSlice {
                                                     RowShared& shared) {
     Row<Exchange> row(call, exchange, shared);
     RereadSlice slice(row);
-    return kth_largest(exchange, shared.select, row.teacher().dtype, call.keep, slice.none(),
+    return kth_largest(exchange, shared.select, row.teacher().dtype, row.keep(), slice.none(),
                        [&](const auto& fn) {
                          slice.each_step([&](int, const float*, const float* teacher) {
                            for (int j = 0; j < kPerLane; ++j) fn(teacher[j]);

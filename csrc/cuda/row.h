@@ -13,7 +13,8 @@ struct RowArguments {
   float soft_weight, hard_weight, target_weight, student_inverse;
   float teacher_inverse;  // times ln 2 where the teacher's logits are log2 of its probabilities
   float at_label;  // what the gradient there has besides: of the hard term, of the label set apart
-  int vocab;
+  float beta;      // of a mixture
+  int vocab, keep;
   int begin, end;  // the slice of this CTA, in steps
   int longest;     // slice of the row
   int label;       // -1: no class
@@ -58,7 +59,9 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.at_label = -a.hard_weight;
   a.student_inverse = vector(call.student_inv_temperature);
   a.teacher_inverse = vector(call.teacher_inv_temperature) * (call.teacher_probs ? kLn2 : 1.0f);
+  a.beta = vector(call.beta);
   a.vocab = vocab;
+  a.keep = static_cast<int>(call.kept(row));
   const int steps = (vocab + kStep - 1) / kStep;
   a.begin = share(steps, rank, size);
   a.end = share(steps, rank + 1, size);
@@ -68,7 +71,7 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.has_soft = call.soft_weight != nullptr;
   a.has_hard = call.hard_weight != nullptr;
   a.decoupled = call.target_weight != nullptr;
-  a.pruned = a.has_soft && call.keep < call.vocab_size;
+  a.pruned = a.has_soft && a.keep < vocab;
   a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse <= kMatchesLogits &&
                      a.student_inverse == vector(call.teacher_inv_temperature);
   a.power = 0;
@@ -127,7 +130,9 @@ class Row {
   __device__ int end() const { return fresh(a.end); }
   __device__ int longest() const { return fresh(a.longest); }
   __device__ int label() const { return fresh(a.label); }
+  __device__ float beta() const { return fresh(a.beta); }
   __device__ int vocab() const { return fresh(a.vocab); }
+  __device__ int keep() const { return fresh(a.keep); }
   __device__ bool has_soft() const { return fresh(a.has_soft); }
   __device__ bool has_hard() const { return fresh(a.has_hard); }
   __device__ bool decoupled() const { return fresh(a.decoupled); }

@@ -6,8 +6,6 @@
 
 namespace fastkd::cuda {
 
-enum class Mode { kForward, kReverse, kMixture };
-
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 

@@ -16,6 +16,7 @@ namespace {
 
 using fastkd::DType;
 using fastkd::KdRows;
+using fastkd::Mode;
 using fastkd::Rows;
 using fastkd::TopkRows;
 
@@ -34,15 +35,15 @@ enum class Terms {
   kDecoupled,
   kProbabilities,
   kLimit,   // T = infinity, in every other row
-  kSparse,  // for a beta of 0 with a bucket, of 1 restricted, else renormalised
+  kSparse,  // forward: with a bucket; reverse: restricted; else renormalised
   kEnd
 };
 
 struct Case {
   DType student = DType::kFloat, teacher = DType::kFloat;
-  double beta = 0;
+  Mode divergence = Mode::kForward;
   Terms terms = Terms::kSoft;
-  int64_t V = 1500, keep = 1500;
+  int64_t V = 1500, keep = 0;         // 0: of no row; else so many, and all of every third row
   bool inplace = false, odd = false;  // odd: infinities and NaN
 };
 
@@ -119,8 +120,8 @@ TopkRows sparse(const KdRows& rows, const Case& c) {
   call.dstudent = rows.dstudent;
   call.ids = ids.data();
   call.log_probs = log_probs.data();
-  if (c.beta == 0) call.log_rest = log_rest.data();
-  call.restricted = c.beta == 1;
+  if (c.divergence == Mode::kForward) call.log_rest = log_rest.data();
+  call.restricted = c.divergence == Mode::kReverse;
   call.labels = rows.labels;
   call.student_inv_temperature = rows.student_inv_temperature;
   call.teacher_inv_temperature = rows.teacher_inv_temperature;
@@ -151,6 +152,9 @@ void run(const Case& c) {
   }
   std::vector<int64_t> labels{3, 700, -1, 1499, 0, 256, 1300};
   for (auto& label : labels) label = std::min(label, c.V - 1);
+  const std::vector<float> beta{0.5f, 0.25f, 0.75f, 0.5f, 0.125f, 0.5f, 0.5f};
+  std::vector<int64_t> keep(kN, c.keep);
+  for (int64_t r = 2; r < kN; r += 3) keep[r] = c.V;
   std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
   KdRows call;
   call.student = student.rows();
@@ -166,9 +170,10 @@ void run(const Case& c) {
   call.soft = soft.data();
   call.hard = hard.data();
   call.N = kN;
-  call.keep = c.keep;
   call.vocab_size = c.V;
-  call.beta = c.beta;
+  call.divergence = c.divergence;
+  if (c.keep != 0) call.keep = keep.data();
+  if (c.divergence == Mode::kMixture) call.beta = beta.data();
   if (c.terms == Terms::kDecoupled) {
     call.target_weight = weight.data();
     call.target = target.data();
@@ -188,8 +193,8 @@ void run(const Case& c) {
     }
   }
   std::printf(
-      "beta %g terms %d V %d: %016llx soft %.6f hard %.6f\n", c.beta, static_cast<int>(c.terms),
-      static_cast<int>(c.V),
+      "divergence %d terms %d V %d: %016llx soft %.6f hard %.6f\n", static_cast<int>(c.divergence),
+      static_cast<int>(c.terms), static_cast<int>(c.V),
       static_cast<unsigned long long>(hash(hash(hash(hash(0, soft), hard), target), written.bytes)),
       soft[0], hard[0]);
 }
@@ -204,11 +209,12 @@ void run_all() {
   const int64_t lengths[] = {1500, 9, 513, 1024, 2300};
   int index = 0;
   for (const auto& [student, teacher] : dtypes) {
-    for (const double beta : {0.0, 1.0, 0.5}) {
+    for (const Mode divergence : {Mode::kForward, Mode::kReverse, Mode::kMixture}) {
       for (int terms = 0; terms < static_cast<int>(Terms::kEnd); ++terms, ++index) {
-        if (static_cast<Terms>(terms) == Terms::kDecoupled && beta != 0) continue;
-        Case c{student, teacher, beta, static_cast<Terms>(terms), lengths[index % 5]};
-        c.keep = c.terms == Terms::kPruned ? std::max<int64_t>(c.V / 4, 1) : c.V;
+        if (static_cast<Terms>(terms) == Terms::kDecoupled && divergence != Mode::kForward)
+          continue;
+        Case c{student, teacher, divergence, static_cast<Terms>(terms), lengths[index % 5]};
+        c.keep = c.terms == Terms::kPruned ? c.V / 4 : 0;
         c.inplace = index % 2 == 0;
         c.odd = index % 3 == 0;
         run(c);
@@ -238,8 +244,8 @@ int main(int count, char** arguments) {
     return 0;
   }
   run({.terms = Terms::kShared});
-  run({.beta = 1, .terms = Terms::kPruned, .keep = 400});
-  run({.beta = 0.5, .terms = Terms::kPower});
+  run({.divergence = Mode::kReverse, .terms = Terms::kPruned, .keep = 400});
+  run({.divergence = Mode::kMixture, .terms = Terms::kPower});
   run({.terms = Terms::kDecoupled});
   run({.terms = Terms::kLimit});
   run({.terms = Terms::kSparse});
