@@ -212,7 +212,9 @@ def request(
     check_reduction(reduction, num_items)
     if labels is not None:
         ignore_index = as_int("ignore_index", ignore_index)
-    labels = check_labels(labels, student_logits, vocab, ignore_index)
+    # The decoupled terms set apart a class that the teacher has as well.
+    label_classes = student_logits.shape[-1] if target is None else vocab
+    labels = check_labels(labels, student_logits, label_classes, ignore_index)
     has_limit = target is None and not sparse
     temperature = check_temperature("temperature", temperature, student_logits, has_limit)
     if teacher_temperature is not None:

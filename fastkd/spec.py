@@ -7,7 +7,7 @@ Row by row, with z the student's and v the teacher's logits, y the label and T t
     soft = KL(p || q)                                       FORWARD
          = KL(q || p)                                       REVERSE
          = beta KL(p || m) + (1 - beta) KL(q || m)          MIXTURE, m = beta p + (1 - beta) q
-    hard = -log softmax(z)[y]                               at T = 1, over all classes < vocab_size
+    hard = -log softmax(z)[y]                               at T = 1, over all V_s of the student
 
 Decoupled, with `target_weight`: the label joins K, soft is taken over K without it, and
 
@@ -18,6 +18,10 @@ At T = infinity on both sides, given as an inverse of 0, soft stands for the lim
     soft = c sum_K (d - mean d)^2 / (2 |K|)     d = z - v; c = 1, of a mixture beta (1 - beta)
 
 With `teacher_probs` the teacher's row holds probabilities P: v = log P.
+
+The classes from vocab_size on are the student's alone. The soft term does not look at them and has
+a gradient of exactly 0 there; the hard term is `F.cross_entropy(z, y)` whatever vocab_size is, and
+a label may be any class of the student. Decoupled, the label has to be one of the teacher's too.
 
 Weights, T^2, means and masks are folded into one weight per row and term by the caller
 (:mod:`fastkd.request`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax,
@@ -186,15 +190,18 @@ def kd_rows(
 
     The terms come unweighted, the gradient weighted. A row whose weights are all 0 is skipped: its
     terms and its gradient are 0 whatever its logits hold. A term of weight 0 in another row is
-    computed and leaves no trace in the gradient. A label that is no class makes its row NaN.
+    computed and leaves no trace in the gradient. A label that is no class makes its row NaN, but
+    beyond vocab_size, where only the hard term has a gradient, not without one.
     """
-    z, v = (x.reshape(-1, x.shape[-1])[:, :vocab_size] for x in (student, teacher))
+    z, v = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    z, v = z if hard_weight is not None else z[:, :vocab_size], v[:, :vocab_size]
+    label_classes = student.shape[-1] if target_weight is None else vocab_size
     N = z.shape[0]
     terms = [student_inv_temperature.new_zeros(N) for _ in range(3)]  # soft, hard, target
     gradient = None
     if dstudent is not None:
         gradient = dstudent.new_zeros(N, dstudent.shape[-1])
-    step = max(1, (1 << 22) // vocab_size)  # rows at a time: bounds the memory of what follows
+    step = max(1, (1 << 22) // z.shape[-1])  # rows at a time: bounds the memory of what follows
     for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
         *parts, dz = _kd_rows(
             z[rows],
@@ -206,6 +213,7 @@ def kd_rows(
             None if hard_weight is None else hard_weight[rows],
             None if target_weight is None else target_weight[rows],
             None if keep is None else keep[rows],
+            label_classes,
             divergence,
             None if beta is None else beta[rows],
             teacher_probs,
@@ -213,7 +221,7 @@ def kd_rows(
         for term, part in zip(terms, parts, strict=True):
             term[rows] = part
         if gradient is not None:
-            gradient[rows, :vocab_size] = dz.to(gradient.dtype)
+            gradient[rows, : dz.shape[-1]] = dz.to(gradient.dtype)
     if dstudent is not None and gradient is not None:
         dstudent.copy_(gradient.view_as(dstudent))
     if target is not None:
@@ -222,8 +230,8 @@ def kd_rows(
 
 
 def _kd_rows(
-    z: Tensor,  # [N, V], V = vocab_size
-    v: Tensor,  # [N, V]
+    z: Tensor,  # [N, V], or of all classes of the student where there is a hard term
+    v: Tensor,  # [N, V], V = vocab_size
     labels: Tensor | None,
     student_inv_temperature: Tensor,
     teacher_inv_temperature: Tensor,
@@ -231,6 +239,7 @@ def _kd_rows(
     hard_weight: Tensor | None,
     target_weight: Tensor | None,
     keep: Tensor | None,
+    label_classes: int,
     divergence: int,
     beta: Tensor | None,
     teacher_probs: bool,
@@ -242,10 +251,11 @@ def _kd_rows(
     z, v = (x.to(dtype).masked_fill(skipped.unsqueeze(-1), 0) for x in (z, v))
     if teacher_probs:
         v = v.masked_fill(skipped.unsqueeze(-1), 1).log()  # NaN where negative
+    whole, z = z, z[:, : v.shape[-1]]
     lost = z.isnan().any(-1)
     if labels is not None:
         labels = labels.masked_fill(skipped, 0)
-        lost = lost | (labels < 0) | (labels >= z.shape[-1])
+        lost = lost | (labels < 0) | (labels >= label_classes)
     soft = hard = target = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
 
@@ -282,8 +292,9 @@ def _kd_rows(
         gradient = add(gradient, soft_weight, dx, slope)
     if hard_weight is not None:
         assert labels is not None, "the hard term needs labels"
-        hard, dz = hard_term(z, labels)
-        gradient = add(gradient, hard_weight, dz)
+        hard, dz = hard_term(whole, labels)
+        hard, dz = hard.masked_fill(lost, NAN), dz.masked_fill(lost.unsqueeze(-1), NAN)
+        gradient = add(F.pad(gradient, (0, whole.shape[-1] - z.shape[-1])), hard_weight, dz)
     gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
     soft, hard, target = (term.masked_fill(skipped, 0) for term in (soft, hard, target))
     return soft, hard, target, gradient
@@ -347,14 +358,17 @@ def topk_rows(
     The bucket's logit is logsumexp of the student's others: pooled first, at T = 1, then taken to
     the power 1 / T like every class, so that equal distributions have zero loss at every T.
     """
-    z = student.reshape(-1, student.shape[-1])[:, :vocab_size].double()
+    width = student.shape[-1]
+    whole = student.reshape(-1, width)
+    whole = (whole if hard_weight is not None else whole[:, :vocab_size]).double()
     weights = [w for w in (soft_weight, hard_weight) if w is not None]
     skipped = torch.stack([w == 0 for w in weights]).all(0)
-    z = z.masked_fill(skipped.unsqueeze(-1), 0)
+    whole = whole.masked_fill(skipped.unsqueeze(-1), 0)
+    z = whole[:, :vocab_size]
     lost = z.isnan().any(-1)
     if labels is not None:
         labels = labels.masked_fill(skipped, 0)
-        lost = lost | (labels < 0) | (labels >= vocab_size)
+        lost = lost | (labels < 0) | (labels >= width)
     soft = hard = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
     if soft_weight is not None:
@@ -384,12 +398,13 @@ def topk_rows(
         gradient = (weight * dx).masked_fill((soft_weight == 0).unsqueeze(-1), 0)
     if hard_weight is not None:
         assert labels is not None, "the hard term needs labels"
-        hard, dz = hard_term(z, labels)
+        hard, dz = hard_term(whole, labels)
         weight = hard_weight.unsqueeze(-1)
+        gradient = F.pad(gradient, (0, width - vocab_size))
         gradient = gradient + torch.where(weight == 0, 0, weight * dz)
     gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
     if dstudent is not None:
-        gradient = F.pad(gradient, (0, student.shape[-1] - vocab_size))
+        gradient = F.pad(gradient, (0, width - gradient.shape[-1]))
         dstudent.copy_(gradient.view_as(dstudent))
     dtype = student_inv_temperature.dtype
     return soft.masked_fill(skipped, 0).to(dtype), hard.masked_fill(skipped, 0).to(dtype)

@@ -37,7 +37,8 @@ from .triton_passes import (
     unusable,
 )
 from .triton_select import kth_largest
-from .triton_split import SHARED, combined, count_in, tell, values_of, wait
+from .triton_split import SHARED, combined, count_in, tail_of, tell, values_of, wait
+from .triton_tail import joined, tail_sums, write_tail
 
 # A size or stride of 1, or one divisible by 16, is no reason to compile another kernel.
 UNSPECIALISED = (
@@ -56,13 +57,14 @@ PER_ROW = (
 @triton.jit
 def row_terms(
     s_row, t_row, g_row, low, high, threshold, s_inverse, t_inverse, soft_weight, hard_weight,
-    target_weight, label, beta, rest, counter, shared, part, parts,
+    target_weight, label, tail_max, tail_z, beta, rest, counter, shared, part, parts,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr, LANE: tl.constexpr, PARTS: tl.constexpr,
+    HARD: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr,
+    G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The terms, whether the gradient is written (where it is not, it is NaN), and whether it is
-    for this program to write the terms: of a slice, columns [low, high), that falls to the last."""
+    for this program to write the terms: of a slice, columns [low, high), that falls to the last.
+    And the frame and the logarithm of the hard term's sum."""
     # Read before any thread, here or at another slice, can have written the gradient over it.
     label_logit = 0.0
     label_teacher = 0.0
@@ -103,6 +105,8 @@ def row_terms(
             s_frame = tl.where(s_max == NINF, 0.0, s_max)
             t_frame = tl.where(t_max == NINF, 0.0, t_max)
             h_frame = tl.where(h_max == NINF, 0.0, h_max)
+        if TAIL and tries > 0:  # there may be one in the tail
+            h_frame = tl.where(h_max == NINF, 0.0, h_max)
         zs, zt, zh, cross = sums(
             s_row, t_row, low, high, threshold, unit, at_label, s_frame, t_frame, h_frame,
             s_scale, t_scale, DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE,
@@ -116,6 +120,9 @@ def row_terms(
             tell(shared, 4, part, zh, PARTS)
             if APART:
                 tell(shared, 8, part, h_max, PARTS)
+        if TAIL:
+            tell(shared, 9, part, tail_max, PARTS)
+            tell(shared, 10, part, tail_z, PARTS)
         if DIVERGENCE != NONE:
             tell(shared, 1, part, t_max - shift, PARTS)
             tell(shared, 2, part, zs, PARTS)
@@ -125,10 +132,15 @@ def row_terms(
         count_in(counter)
         wait(counter, parts)
         s_max, t_max, h_max, zs, zt, zh, cross = combined(
-            shared, parts, s_scale, t_scale, DIVERGENCE, APART, HARD, PARTS
+            shared, parts, s_scale, t_scale, DIVERGENCE, APART, HARD, TAIL, PARTS
         )
         t_max += shift
         sound = zs + zt + zh < float("inf")
+        if TAIL:
+            tail_max, tail_z = tail_of(shared, parts, PARTS)
+    if TAIL:
+        h_max, zh = joined(h_max, zh, tail_max, tail_z)
+        sound = sound & (zh < float("inf"))
 
     s_log = tl.log2(zs)
     t_log = tl.log2(zt)
@@ -219,7 +231,7 @@ def row_terms(
         lost = lost | (unusable(soft, DIVERGENCE) & counts)
     if PARTS > 1 and last:
         tl.store(counter, 0)
-    return soft, hard, target, lost, last
+    return soft, hard, target, lost, last, h_max, h_log
 
 
 @triton.jit
@@ -245,7 +257,9 @@ def kd_rows_kernel(
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr,
     PROBS: tl.constexpr,  # the teacher's rows hold probabilities
     APART: tl.constexpr,  # the label is left out of the divergence and has a term of its own
-    HARD: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr,
+    HARD: tl.constexpr,
+    TAIL: tl.constexpr,  # beside a hard term, the student has classes from vocab on
+    LABELS: tl.constexpr, GRADIENT: tl.constexpr,
     # Elements of a vector, where all rows of both sides (and dstudent's) lie alike in it; else 1.
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
     BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr,
@@ -265,7 +279,7 @@ def kd_rows_kernel(
     while row < N:
         s_row, t_row, g_row, low, s_weight, h_weight, t_weight, skipped, label, valid = open_row(
             row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight,
-            inner, vocab,
+            inner, vocab if APART else width,
             s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
             DIVERGENCE, APART, HARD, LABELS, GRADIENT, VECTOR, G_VECTOR,
         )  # fmt: skip
@@ -305,20 +319,32 @@ def kd_rows_kernel(
         t_term = value
         lost = ~at_limit
         last = (part == 0) & ~at_limit
+        h_max = tl.full([], 0.0, tl.float32)
+        h_log = tl.full([], float("nan"), tl.float32)
+        tail_max = h_max
+        tail_z = h_max
+        if TAIL:
+            tail_parts = tl.where(at_limit, 1, parts)  # all of a flat row is one program's work
+            takes_tail = (part == 0) | ~at_limit
+            if computed & takes_tail:
+                tail_max, tail_z = tail_sums(
+                    s_row, high, low + width, part, tail_parts, VECTOR, BLOCK, LANE
+                )
         if computed & ~at_limit:
-            s_term, h_term, t_term, lost, last = row_terms(
+            s_term, h_term, t_term, lost, last, h_max, h_log = row_terms(
                 s_row + begin, t_row + begin, g_row + begin, first, end, threshold,
                 s_inverse, t_inverse,
-                s_weight, h_weight, t_weight, label + (low - begin - first), share, rest,
-                counters + 1 + row, shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
-                DIVERGENCE, PRUNE, PROBS, APART, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
-                PARTS,
+                s_weight, h_weight, t_weight, label + (low - begin - first), tail_max, tail_z,
+                share, rest, counters + 1 + row,
+                shared + tl.cast(row, tl.int64) * (SHARED * PARTS), part, parts,
+                DIVERGENCE, PRUNE, PROBS, APART, HARD, TAIL, GRADIENT, VECTOR, G_VECTOR, BLOCK,
+                LANE, PARTS,
             )  # fmt: skip
         if GRADIENT:
             if lost:
                 tl.debug_barrier()  # other threads may still read the row, or write it
                 fill(g_row + begin, value, first, end, G_VECTOR, BLOCK)
-            if part == 0:
+            if not TAIL and part == 0:
                 for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
                     zeros = tl.zeros([BLOCK], tl.float32)
                     store_tile(g_row, zeros, start, high, low + width, G_VECTOR, BLOCK, True)
@@ -333,12 +359,19 @@ def kd_rows_kernel(
                     if s_inverse > 0:  # until no part reads what the gradient may be written over
                         wait(counters + 1 + row, parts)
                         tl.store(counters + 1 + row, 0)
-                s_term, h_term = limit_row(
+                s_term, h_term, h_max, h_log = limit_row(
                     s_row, t_row, g_row, low, high, threshold, label, s_inverse, s_weight, h_weight,
-                    share, rest, DIVERGENCE, PRUNE, PROBS, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK,
+                    tail_max, tail_z, share, rest, DIVERGENCE, PRUNE, PROBS, HARD, TAIL, GRADIENT,
+                    VECTOR, G_VECTOR, BLOCK,
                 )  # fmt: skip
                 tl.store(soft + row, s_term)
                 tl.store(hard + row, h_term)
+        if TAIL and GRADIENT:
+            if takes_tail:
+                write_tail(
+                    s_row, g_row, high, low + width, low + label, h_max, h_log, h_weight, part,
+                    tail_parts, VECTOR, G_VECTOR, BLOCK, LANE,
+                )  # fmt: skip
         row += N if PARTS > 1 else tl.num_programs(0)
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .triton_math import LN2, LOG2E, NINF, load_tile, log2_of, store_tile, to_float
 from .triton_passes import FORWARD, MIXTURE, REVERSE, hard_slope, kept_classes
+from .triton_tail import LOWEST, joined
 
 MATCHES_LOGITS = tl.constexpr(1e-3)  # 1 / T from which on this is the more exact way
 FLAT = tl.constexpr(1 / 16)  # of |logit| / T, where the series still hold
@@ -141,12 +142,14 @@ def limit_pass(
 
 @triton.jit
 def limit_row(
-    s_row, t_row, g_row, low, high, threshold, label, inverse, soft_weight, hard_weight, beta, rest,
+    s_row, t_row, g_row, low, high, threshold, label, inverse, soft_weight, hard_weight, tail_max,
+    tail_z, beta, rest,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, HARD: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    TAIL: tl.constexpr, GRADIENT: tl.constexpr,
     ROW_VECTOR: tl.constexpr, ROW_G_VECTOR: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both terms, of a row that is flat, or at T = infinity. Writes the gradient."""
+    """Both terms, of a row that is flat, or at T = infinity; the frame and the logarithm of the
+    hard term's sum. Writes the gradient, of the tail not."""
     # Half a tile of the other passes, for the registers.
     LANE: tl.constexpr = 4
     BLOCK: tl.constexpr = ROW_BLOCK // 2
@@ -158,7 +161,7 @@ def limit_row(
     total = tl.zeros([BLOCK // LANE], tl.float64)
     students = tl.zeros([BLOCK // LANE], tl.float32)
     count = tl.zeros([BLOCK // LANE], tl.int32)
-    h_max = tl.full([BLOCK // LANE], -3.4028234663852886e38, tl.float32)
+    h_max = tl.full([BLOCK // LANE], LOWEST, tl.float32)
     zh = tl.zeros([BLOCK // LANE], tl.float32)
     for start in tl.range(0, high, BLOCK):
         s, t, kept = classes(
@@ -194,7 +197,10 @@ def limit_row(
     h_log = hard
     if HARD:
         top = tl.max(h_max, 0)
-        h_log = tl.log2(tl.sum(zh * tl.exp2((h_max - top) * LOG2E), 0))
+        z = tl.sum(zh * tl.exp2((h_max - top) * LOG2E), 0)
+        if TAIL:
+            top, z = joined(top, z, tail_max, tail_z)
+        h_log = tl.log2(z)
         hard = h_log * LN2 + (top - label_logit)
     lost = ~(tl.abs(sum_d) < float("inf")) | (K == 0)
     lost = (lost & (soft_weight != 0)) | ((hard != hard) & (hard_weight != 0))
@@ -221,4 +227,4 @@ def limit_row(
             DIVERGENCE, PRUNE, PROBS, HARD, False, True, VECTOR, G_VECTOR, BLOCK, LANE,
         )  # fmt: skip
     soft = tl.where(sum_d == float("inf"), float("inf"), soft * scale * scale)
-    return soft, hard
+    return soft, hard, top, h_log

@@ -34,13 +34,14 @@ NONE, FORWARD, REVERSE, MIXTURE = (
 
 @triton.jit
 def open_row(
-    row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight, inner, vocab,
+    row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight, inner,
+    classes,
     s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
     DIVERGENCE: tl.constexpr, APART: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr,
     GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Where a row begins, stepped back to a whole vector by the columns before `low`; its weights;
-    whether it is skipped; its label, and whether that is a class."""
+    whether it is skipped; its label, and whether that is one of so many classes."""
     s_row = row_offset(row, s_shift, inner, s_outer, s_inner)
     t_row = row_offset(row, t_shift, inner, t_outer, t_inner)
     low = (s_row % VECTOR).to(tl.int32)
@@ -64,7 +65,7 @@ def open_row(
     valid = True
     if LABELS:
         label = tl.load(labels + row)
-        valid = (label >= 0) & (label < vocab)
+        valid = (label >= 0) & (label < classes)
     label = label.to(tl.int32)
     return s_row, t_row, g_row, low, s_weight, h_weight, t_weight, skipped, label, valid
 

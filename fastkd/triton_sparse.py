@@ -23,6 +23,7 @@ from .triton_math import (
     to_stored,
 )
 from .triton_passes import FORWARD, open_row
+from .triton_tail import joined, tail_sums, write_tail
 
 # What becomes of the classes that are not named: one more class of both sides; no classes; classes
 # without a teacher's probability.
@@ -191,12 +192,13 @@ def compared(log_p, log_q, p_log, q_log):
 @triton.jit
 def row_terms(
     s_row, g_row, low, high, vocab, ids, log_probs, k, log_rest, s_inverse, t_inverse,
-    soft_weight, hard_weight, label,
-    OUTSIDE: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr,
+    soft_weight, hard_weight, label, tail_max, tail_z,
+    OUTSIDE: tl.constexpr, HARD: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """Both terms, and whether the gradient is not written and NaN."""
+    """Both terms, and whether the gradient is not written and NaN; the frame and the logarithm of
+    the hard term's sum."""
     # Read before any thread can have written the gradient over it.
     label_logit = 0.0
     if HARD:
@@ -232,6 +234,8 @@ def row_terms(
         tries = tl.where(sound, 2, tries + 1)
         end = high
 
+    if TAIL:
+        h_max, zh = joined(h_max, zh, tail_max, tail_z)
     hard = tl.full([], 0.0, tl.float32)
     if HARD:
         hard = tl.log2(zh) * LN2 + (h_max - label_logit)
@@ -290,13 +294,13 @@ def row_terms(
             if tl.sum((there & (named == label)).to(tl.int32), 0) == 0:
                 at_label = at_label + own if OUTSIDE != RESTRICT else own
                 stored = to_stored(at_label, g_row.dtype.element_ty)
-                tl.store(g_row + low + label, stored, mask=hard_weight != 0)
+                tl.store(g_row + low + label, stored, mask=(hard_weight != 0) & (label < vocab))
             hard_value = h_factor * tl.exp2((s - h_max) * LOG2E)
             hard_value = tl.where(named == label, hard_value - hard_weight, hard_value)
             value += tl.where(hard_weight != 0, hard_value, 0.0)
         stored = to_stored(value, g_row.dtype.element_ty)
         tl.store(g_row + columns, stored, mask=there)
-    return soft, hard, lost
+    return soft, hard, lost, h_max, tl.log2(zh)
 
 
 PER_ROW = (
@@ -310,14 +314,15 @@ def topk_rows_kernel(
     student, dstudent, ids, log_probs, log_rest, labels, student_inverse, teacher_inverse,
     soft_weight, hard_weight, soft, hard, k, inner, vocab, width,
     s_shift, s_outer: tl.int64, s_inner: tl.int64, g_shift, g_outer: tl.int64, g_inner: tl.int64,
-    OUTSIDE: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr,
+    OUTSIDE: tl.constexpr, HARD: tl.constexpr, TAIL: tl.constexpr, LABELS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
     K: tl.constexpr,  # a power of two >= k
 ):  # fmt: skip
     row = tl.program_id(0)
     s_row, _, g_row, low, s_weight, h_weight, _, skipped, label, valid = open_row(
         row, student, student, dstudent, labels, soft_weight, hard_weight, soft_weight, inner,
-        vocab, s_shift, s_outer, s_inner, s_shift, s_outer, s_inner, g_shift, g_outer, g_inner,
+        width, s_shift, s_outer, s_inner, s_shift, s_outer, s_inner, g_shift, g_outer, g_inner,
         FORWARD, False, HARD, LABELS, GRADIENT, VECTOR, G_VECTOR,
     )  # fmt: skip
     high = low + vocab
@@ -325,19 +330,32 @@ def topk_rows_kernel(
     s_term = value
     h_term = value if HARD else h_weight
     lost = True
+    h_max = tl.full([], 0.0, tl.float32)
+    h_log = tl.full([], float("nan"), tl.float32)
     if valid & ~skipped:
         first = tl.cast(row, tl.int64) * k
-        s_term, h_term, lost = row_terms(
+        tail_max = h_max
+        tail_z = h_max
+        if TAIL:
+            tail_max, tail_z = tail_sums(s_row, high, low + width, 0, 1, VECTOR, BLOCK, LANE)
+        s_term, h_term, lost, h_max, h_log = row_terms(
             s_row, g_row, low, high, vocab, ids + first, log_probs + first, k, log_rest + row,
             tl.load(student_inverse + row), tl.load(teacher_inverse + row), s_weight, h_weight,
-            label, OUTSIDE, HARD, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, K,
+            label, tail_max, tail_z, OUTSIDE, HARD, TAIL, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
+            K,
         )  # fmt: skip
     if GRADIENT:
         if lost:
             tl.debug_barrier()  # other threads may still read the row
             fill(g_row, value, low, high, G_VECTOR, BLOCK)
-        for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
-            zeros = tl.zeros([BLOCK], tl.float32)
-            store_tile(g_row, zeros, start, high, low + width, G_VECTOR, BLOCK, True)
+        if TAIL:
+            write_tail(
+                s_row, g_row, high, low + width, low + label, h_max, h_log, h_weight, 0, 1,
+                VECTOR, G_VECTOR, BLOCK, LANE,
+            )  # fmt: skip
+        else:
+            for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):
+                zeros = tl.zeros([BLOCK], tl.float32)
+                store_tile(g_row, zeros, start, high, low + width, G_VECTOR, BLOCK, True)
     tl.store(soft + row, s_term)
     tl.store(hard + row, h_term)

@@ -29,11 +29,12 @@ import triton.language as tl
 
 from .triton_math import LOG2E, NINF
 from .triton_passes import FORWARD, MIXTURE, NONE
+from .triton_tail import LOWEST
 
 # What is told, [SHARED, PARTS] per row: the maxima that the sums refer to, of s and of t; zs, zt,
 # zh, cross (triton_passes.sums); the divergence as two sums (triton_passes.second); the maximum of
-# s that zh refers to, where that is another.
-SHARED = tl.constexpr(9)
+# s that zh refers to, where that is another; the frame and the sum of the tail (triton_tail).
+SHARED = tl.constexpr(11)
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def weights(maximum, scale):
 @triton.jit
 def combined(
     shared, parts, s_scale, t_scale, DIVERGENCE: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, PARTS: tl.constexpr,
+    HARD: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of a row from those of its slices; the same bits in all of its programs."""
     s_part = told(shared, 0, parts, NINF, PARTS)
@@ -92,7 +93,8 @@ def combined(
         h_part = told(shared, 8, parts, NINF, PARTS) if APART else s_part
         h_max, h_weight = weights(h_part, LOG2E)
         zh = tl.sum(h_weight * told(shared, 4, parts, 0.0, PARTS), 0)
-        zh = tl.where(h_max == NINF, float("nan"), zh)
+        if not TAIL:
+            zh = tl.where(h_max == NINF, float("nan"), zh)
     if DIVERGENCE != NONE:
         t_part = told(shared, 1, parts, NINF, PARTS)
         t_max, t_weight = weights(t_part, t_scale)
@@ -116,6 +118,15 @@ def combined(
             empty = (s_part == NINF) & (t_part == NINF)
             cross = tl.sum(tl.where(empty, part, term), 0)
     return s_max, t_max, h_max, zs, zt, zh, cross
+
+
+@triton.jit
+def tail_of(shared, parts, PARTS: tl.constexpr):
+    """The frame and the sum of a row's tail from those of its programs."""
+    part = told(shared, 9, parts, LOWEST, PARTS)
+    frame = tl.max(part, 0)
+    z = told(shared, 10, parts, 0.0, PARTS)
+    return frame, tl.sum(z * tl.exp2((part - frame) * LOG2E), 0)
 
 
 @triton.jit

@@ -36,7 +36,8 @@ class Allowance:
         self.eps, self.tiny = info.eps * (4 if double else 1), info.tiny
         width = options.get("vocab_size") or student.shape[-1]
         self.width, self.V = width, student.shape[-1]
-        z = student.detach().double()[..., :width].reshape(-1, width)
+        whole = student.detach().double().reshape(-1, self.V)
+        z = whole[:, :width]
         v = teacher.double()[..., :width].reshape(-1, width)
         self.N = N = z.shape[0]
         T = _per_row(options.get("temperature", 1.0), N)
@@ -51,7 +52,7 @@ class Allowance:
         self.T = T
         self.weight = row_weights(labels, N, options)
         self.alpha, self.beta = options.get("alpha", 1.0), options.get("beta", 0.0)
-        self.hard_q, _, self.hard_rel, _ = self._softmax(z)
+        self.hard_q, _, self.hard_rel, _ = self._softmax(whole)  # whatever vocab_size is
         self.labels = labels
 
     @staticmethod
@@ -107,17 +108,18 @@ class Allowance:
 
     def _index(self) -> Tensor:
         labels = self.labels.reshape(-1, 1).long()
-        return torch.where((labels >= 0) & (labels < self.width), labels, 0)
+        return torch.where((labels >= 0) & (labels < self.V), labels, 0)
 
     def gradient(self) -> Tensor:
         """[N, V], of the gradient of the loss."""
         weight = self.weight.abs().unsqueeze(-1)
-        total = torch.zeros(self.N, self.width, dtype=torch.float64)
+        total = torch.zeros(self.N, self.V, dtype=torch.float64)
         if self.alpha > 0:
-            total = total + self.alpha * self._weighted(weight * self.T, self.soft_gradient())
+            soft = self.alpha * self._weighted(weight * self.T, self.soft_gradient())
+            total = total + torch.nn.functional.pad(soft, (0, self.V - self.width))
         if self.labels is not None and self.alpha < 1:
             total = total + (1 - self.alpha) * self._weighted(weight, self.hard_gradient())
-        return torch.nn.functional.pad(total, (0, self.V - self.width))
+        return total
 
     @staticmethod
     def _weighted(weight: Tensor, bound: Tensor) -> Tensor:
@@ -209,10 +211,10 @@ class SparseAllowance:
                 of_pool = self.T * (self.soft.q - self.soft.p)[:, -1:]
                 named = named + self.pool.gradient(of_pool, bound[:, -1:], self.eps)
             bound = named
-        total = self.alpha * bound
+        total = torch.nn.functional.pad(self.alpha * bound, (0, self.hard.V - self.hard.width))
         if self.alpha < 1:
             total = total + (1 - self.alpha) * self.hard.hard_gradient()
-        return torch.nn.functional.pad(total, (0, self.hard.V - self.hard.width))
+        return total
 
 
 class DecoupledAllowance:
@@ -220,7 +222,8 @@ class DecoupledAllowance:
 
     def __init__(self, student, teacher, labels, options) -> None:
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        z, v = student.double(), teacher.double()
+        self.V, width = student.shape[-1], options.get("vocab_size") or student.shape[-1]
+        z, v = student.double()[:, :width], teacher.double()[:, :width]
         if options.get("teacher_kind") == "probs":
             v = v.log()
         label = torch.nn.functional.one_hot(labels, z.shape[-1]).bool()
@@ -255,6 +258,7 @@ class DecoupledAllowance:
         target = torch.where(self.label, pair[:, :1], target)
         nontarget = self.others.soft_gradient().masked_fill(self.label, 0).nan_to_num(0)
         total = self.T * (options.get("alpha", 1.0) * target + options.get("beta", 8.0) * nontarget)
+        total = torch.nn.functional.pad(total, (0, self.V - total.shape[-1]))
         return total + options.get("hard_weight", 0.0) * self.hard.hard_gradient()
 
 

@@ -133,6 +133,24 @@ def test_other_methods_cost_little_more(target):
         assert len(each) >= 2 and sum(sorted(each)[-2:]) <= plain[0] / 2
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "variant",
+    ["forward + hard", "pruned mixture + hard", "hard", "decoupled probs + hard",
+     "split + hard", "split decoupled + hard", "sparse bucket + hard"],
+)  # fmt: skip
+def test_classes_that_the_student_has_alone(target, variant):
+    """Two loops more, and none of the others differs."""
+    with aot.captured(TARGETS[target]) as kernels:
+        aot.launch(**VARIANTS[variant])
+        aot.launch(**VARIANTS[variant], tail=3001)
+    without, report = map(aot.report, kernels)
+    assert all(loop.spills == 0 for loop in report.loops)
+    if target.startswith("sm_"):
+        assert report.registers <= 128
+        assert len(report.loops) == len(without.loops) + 1  # one filled it with zeros
+
+
 def test_which_rows_are_split():
     """Those of which a GPU's cache does not hold as many as are in flight until their second read,
     into slices of which it does."""

@@ -122,9 +122,10 @@ def launch(
     teacher_dtype: torch.dtype | None = None, teacher_pad: int = 0, pruned: bool = False,
     divergence: int = FORWARD, hard: bool = False, soft: bool = True, gradient: bool = True,
     decoupled: bool = False, probs: bool = False, named: int = 0, outside: str = "bucket",
+    tail: int = 0,
 ) -> None:  # fmt: skip
     """One call of the op; inside `captured` nothing is read or written."""
-    student = torch.empty(N, V, dtype=dtype)
+    student = torch.empty(N, V + tail, dtype=dtype)
     teacher = torch.empty(N, V + teacher_pad, dtype=teacher_dtype or dtype)
     vector = torch.empty(N)
     if named:

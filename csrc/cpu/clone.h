@@ -30,17 +30,23 @@ void each_row(int64_t N, std::atomic<int64_t>& next, const Compute& compute) {
   }
 }
 
+// Of the rows that the terms are over.
+template <class Call>
+int64_t columns(const Call& call) {
+  return call.hard_weight ? call.student.width : call.vocab_size;
+}
+
 template <class T>
 void kd_rows_of(const KdRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
-  Workspace<T>& work = workspace<T>(call.vocab_size);
+  Workspace<T>& work = workspace<T>(columns(call));
   each_row(call.N, next, [&](int64_t row, int64_t after) { Row<T>(call, work, row, after).run(); });
 }
 
 template <class T>
 void topk_rows_of(const TopkRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
-  Workspace<T>& work = workspace<T>(call.vocab_size);
+  Workspace<T>& work = workspace<T>(columns(call));
   each_row(call.N, next,
            [&](int64_t row, int64_t after) { TopkRow<T>(call, work, row, after).run(); });
 }

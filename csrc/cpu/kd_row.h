@@ -3,6 +3,7 @@
 #pragma once
 #include "row_sum.h"
 #include "soft_term.h"
+#include "tail.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -19,8 +20,8 @@ class Row {
         hard_weight_(vector(call.hard_weight)),
         target_weight_(vector(call.target_weight)),
         soft_(call, work, row, after, soft_weight_, target_weight_),
-        hard_(T(1), wants_gradient() && hard_weight_ != 0 ? work.h() : nullptr,
-              work.hard_frames()) {
+        hard_(T(1), wants_gradient() && hard_weight_ != 0 ? work.h() : nullptr, work.hard_frames()),
+        tail_(call.student, work, row, vocab_, wants_gradient() && hard_weight_ != 0) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 &&
              call.kept(row) == vocab_ && !call.target_weight &&
@@ -31,10 +32,11 @@ class Row {
     T soft = 0, hard = 0, target = 0;
     if (soft_weight_ == 0 && hard_weight_ == 0 && target_weight_ == 0) {
       fill(T(0));
-    } else if (call_.labels && !(label() >= 0 && label() < vocab_)) {
+    } else if (call_.labels && !(label() >= 0 && label() < label_classes())) {
       soft = call_.soft_weight ? kNaN<T> : T(0);
       hard = call_.hard_weight ? kNaN<T> : T(0);
       target = kNaN<T>;
+      lost_hard_ = true;
       fill(kNaN<T>);
     } else {
       compute(soft, hard, target);
@@ -47,6 +49,8 @@ class Row {
  private:
   T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
   int64_t label() const { return call_.labels[row_]; }
+  // The decoupled terms set apart a class that the teacher has as well.
+  int64_t label_classes() const { return call_.target_weight ? vocab_ : call_.student.width; }
   bool wants_gradient() const { return call_.dstudent.data != nullptr; }
   bool own_hard() const { return hard_weight_ != 0 && !share_; }
 
@@ -67,19 +71,27 @@ class Row {
     if (call_.soft_weight) soft = soft_.finish();
     if (call_.target_weight) target = std::isnan(soft) ? soft : soft_.target();
     if (call_.hard_weight) {
-      const double sum = share_ ? soft_.student_sum() : hard_.sum();
-      const T frame = share_ ? soft_.student_frame() : hard_.frame();
+      double sum = share_ ? soft_.student_sum() : hard_.sum();
+      T frame = share_ ? soft_.student_frame() : hard_.frame();
+      tail_.join(sum, frame);
       hard = static_cast<T>(std::log(sum) + (double{frame} - double{label_logit}));
       if (!(sum > 0)) hard = kNaN<T>;
+      lost_hard_ = std::isnan(hard);
     }
     if (!wants_gradient()) return;
     const bool lost_if_infinite = call_.divergence == Mode::kReverse || soft_.matches_logits();
     const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
-    if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && std::isnan(hard))) {
+    if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);
     } else {
       write_gradient();
     }
+  }
+
+  // Of the hard term's own exponentials of a chunk; where all of them are 0, of no scale.
+  T hard_factor(int64_t index) const {
+    return tail_.others() == 0 ? T(0)
+                               : static_cast<T>(hard_weight_ * tail_.others() * hard_.scale(index));
   }
 
   // The calls of fn get a null pointer of the stored type, and the row as such.
@@ -89,7 +101,7 @@ class Row {
       using Out = std::remove_pointer_t<decltype(stored)>;
       Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
       fn(out);
-      std::fill(out + vocab_, out + call_.dstudent.width, store<Out>(T(0)));
+      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
     });
   }
 
@@ -116,8 +128,9 @@ class Row {
     }
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
-      const auto f = soft_.factors(index, share_ ? double{hard_weight_} : 0.0);
-      const T factor_h = own_hard() ? static_cast<T>(hard_weight_ * hard_.scale(index)) : T(0);
+      const bool shared = share_ && hard_weight_ != 0;
+      const auto f = soft_.factors(index, shared ? hard_weight_ * tail_.others() : 0.0);
+      const T factor_h = own_hard() ? hard_factor(index) : T(0);
       const T *a = work_.a() + begin, *b = work_.b() + begin, *h = work_.h() + begin;
       if (own_hard()) {
         combine<kSoft, true>(a, b, h, n, f.a, f.b, factor_h, out + begin);
@@ -146,8 +159,7 @@ class Row {
       for (int64_t i = begin; i < end; ++i) {
         T value = f.a * work_.a()[i] + f.b * work_.b()[i];
         if (hard_weight_ != 0) {
-          value += static_cast<T>(hard_weight_ * hard_.scale(classes[i] / kChunk)) *
-                   work_.h()[classes[i]];
+          value += hard_factor(classes[i] / kChunk) * work_.h()[classes[i]];
           if (classes[i] == label()) value -= hard_weight_;
         }
         out[classes[i]] = store<Out>(value);
@@ -169,7 +181,9 @@ class Row {
   const T soft_weight_, hard_weight_, target_weight_;
   SoftTerm<T> soft_;
   RowSum<T> hard_;
-  bool share_ = false;  // the hard term uses the soft term's exponentials
+  Tail<T> tail_;
+  bool share_ = false;      // the hard term uses the soft term's exponentials
+  bool lost_hard_ = false;  // it is NaN
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

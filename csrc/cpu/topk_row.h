@@ -2,7 +2,7 @@
 // exponentials stay in a buffer that fits the cache, and the gradient is written once.
 #pragma once
 #include "categories.h"
-#include "row_sum.h"
+#include "tail.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -23,15 +23,17 @@ class TopkRow {
         student_inverse_(vector(call.student_inv_temperature)),
         // A bucket pools its classes at T = 1, before their sum is taken to the power 1 / T.
         others_(call.log_rest ? T(1) : student_inverse_, work.a(), work.soft_frames()),
-        hard_(T(1), work.h(), work.hard_frames()) {}
+        hard_(T(1), work.h(), work.hard_frames()),
+        tail_(call.student, work, row, vocab_, true) {}
 
   void run() {
     double soft = 0, hard = 0;
     if (soft_weight_ == 0 && hard_weight_ == 0) {
       fill(T(0));
-    } else if (call_.labels && !(label() >= 0 && label() < vocab_)) {
+    } else if (call_.labels && !(label() >= 0 && label() < call_.student.width)) {
       soft = call_.soft_weight ? kNaN<double> : 0;
       hard = call_.hard_weight ? kNaN<double> : 0;
+      lost_hard_ = true;
       fill(kNaN<T>);
     } else {
       compute(soft, hard);
@@ -59,10 +61,14 @@ class TopkRow {
     if (call_.soft_weight) read_categories();
     if (call_.soft_weight) soft = valid ? divergence() : kNaN<double>;
     if (call_.hard_weight) {
-      hard = hard_.sum() > 0 ? hard_.lse() - double{at_label} : kNaN<double>;
+      double sum = hard_.sum();
+      T frame = hard_.frame();
+      tail_.join(sum, frame);
+      hard = sum > 0 ? std::log(sum) + double{frame} - double{at_label} : kNaN<double>;
+      lost_hard_ = std::isnan(hard);
     }
     if (!call_.dstudent.data) return;
-    if ((soft_weight_ != 0 && std::isnan(soft)) || (hard_weight_ != 0 && std::isnan(hard))) {
+    if ((soft_weight_ != 0 && std::isnan(soft)) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);
     } else {
       with_gradient([&](auto* out) { write_gradient(out); });
@@ -135,6 +141,11 @@ class TopkRow {
     return std::fmax(sums.divergence + (1 - sums.mass), 0.0);
   }
 
+  // Of the hard term's exponentials of a chunk; where all of them are 0, of no scale.
+  double hard_scale(int64_t index) const {
+    return tail_.others() == 0 ? 0 : tail_.others() * hard_.scale(index);
+  }
+
   template <class Out>
   void write_gradient(Out* out) {
     const double weight = double{soft_weight_} * student_inverse_;
@@ -146,7 +157,7 @@ class TopkRow {
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
       const T of_others = own ? static_cast<T>(shared * others_.scale(index)) : T(0);
-      const T of_hard = hard ? static_cast<T>(hard_weight_ * hard_.scale(index)) : T(0);
+      const T of_hard = hard ? static_cast<T>(hard_weight_ * hard_scale(index)) : T(0);
       const T *a = work_.a() + begin, *h = work_.h() + begin;
       if (own && hard) {
         combine<true, true>(a, a, h, n, of_others, T(0), of_hard, out + begin);
@@ -161,10 +172,10 @@ class TopkRow {
     // In double as far as the store: what at the label nearly cancels, and what a class that is
     // named gets, of which nothing is in the buffers that has not been rounded.
     const auto of_hard = [&](int64_t column) {
-      const double share = hard_.scale(column / kChunk) * work_.h()[column];
+      const double share = hard_scale(column / kChunk) * work_.h()[column];
       return hard_weight_ * (column == label() ? share - 1 : share);
     };
-    if (hard) {
+    if (hard && label() < vocab_) {
       const int64_t column = label();
       const double of_others =
           own ? shared * others_.scale(column / kChunk) * work_.a()[column] : 0;
@@ -182,7 +193,7 @@ class TopkRow {
       using Out = std::remove_pointer_t<decltype(stored)>;
       Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
       fn(out);
-      std::fill(out + vocab_, out + call_.dstudent.width, store<Out>(T(0)));
+      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
     });
   }
   void fill(T value) {
@@ -200,7 +211,9 @@ class TopkRow {
   const T soft_weight_, hard_weight_, student_inverse_;
   RowSum<T> others_;  // of the classes outside, or of all
   RowSum<T> hard_;
-  Categories categories_;  // the ids, and what is outside of them
+  Tail<T> tail_;
+  bool lost_hard_ = false;  // the hard term is NaN
+  Categories categories_;   // the ids, and what is outside of them
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

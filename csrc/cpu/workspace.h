@@ -4,7 +4,7 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// For rows of `vocab_size` columns.
+// For rows of `vocab_size` columns, or of as many in all, those behind the first of them apart.
 template <class T>
 struct Workspace {
   explicit Workspace(int64_t vocab_size)
@@ -12,7 +12,7 @@ struct Workspace {
         stride((vocab_size + 2 * 64 + 15) / 16 * 16),
         chunks((vocab_size + kChunk - 1) / kChunk),
         memory(new T[6 * stride + 6 * kChunk]),
-        frames(new Frame<T>[2 * chunks]),
+        frames(new Frame<T>[2 * chunks + 1]),
         columns(new int32_t[stride]) {}
 
   T* a() { return memory.get(); }

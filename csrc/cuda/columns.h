@@ -274,6 +274,14 @@ __device__ __forceinline__ void store_packed(const View& view, int step, const P
   is_ragged(view, step) ? store_ragged(view, step, packed) : store_whole(view, step, packed);
 }
 
+// One column, and nothing of its neighbours.
+__device__ __forceinline__ float load_single(const View& view, int column) {
+  const uint32_t word = view.is_float() ? reinterpret_cast<const uint32_t*>(view.data)[column]
+                                        : reinterpret_cast<const uint16_t*>(view.data)[column];
+  float values[kPerLane];
+  unpack(view.dtype, {{word, 0, 0, 0}, {0, 0, 0, 0}}, values);
+  return values[0];
+}
 // One column, of the low half of a word or of all of it.
 __device__ __forceinline__ void store_single(const View& view, int column, uint32_t word) {
   if (view.is_float()) {

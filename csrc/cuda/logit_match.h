@@ -58,12 +58,12 @@ class LogitMatch : RereadSlice<Exchange> {
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return true;
     if (row_.template is_lost<Mode::kReverse>(soft, hard)) {  // an infinite value leaves none
-      row_.fill_gradient(kNaN);
+      row_.fill_slice(kNaN);
     } else {
       write_gradient(row_.soft_weight() * scale * scale * curvature() / count,
                      row_.hard_weight() / second.hard);
-      row_.fill_beyond();
     }
+    this->write_tail(second.hard);
     return true;
   }
 
@@ -170,6 +170,7 @@ class LogitMatch : RereadSlice<Exchange> {
       sum += few;
       students += few_students;
     });
+    this->find_maximum_of_tail(hard_max);
     Sums sums;
     sums.lead_frame = sums.other_frame = 0;  // the same in every CTA
     sums.hard_frame = warp_max(hard_max);
@@ -205,7 +206,7 @@ class LogitMatch : RereadSlice<Exchange> {
     sums.lead = warp_sum(sum);
     sums.other = warp_sum(divergences);
     sums.cross = warp_sum(from_student);
-    sums.hard = warp_sum(hard);
+    sums.hard = warp_sum(hard + this->sum_tail());
     sums.label = row_.student_label();
     return row_.total(sums, [](Sums&) {});
   }

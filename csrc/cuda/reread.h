@@ -63,11 +63,11 @@ class Reread : RereadSlice<Exchange> {
     row_.write_terms(value, hard);
     if (!row_.wants_gradient()) return;
     if (row_.template is_lost<kMode>(value, hard)) {
-      row_.fill_gradient(kNaN);
+      row_.fill_slice(kNaN);
     } else {
       write_gradient(soft, empty, from_student, row_.hard_weight() / sums.hard);
-      row_.fill_beyond();
     }
+    this->write_tail(sums.hard);
   }
 
  private:
@@ -108,6 +108,7 @@ class Reread : RereadSlice<Exchange> {
       }
     });
     if (nan) poison_ = kNaN;
+    this->find_maximum_of_tail(hard_max);
     Sums sums;
     sums.lead_frame = warp_max(student_max);
     sums.other_frame = warp_max(teacher_max);
@@ -162,6 +163,7 @@ class Reread : RereadSlice<Exchange> {
       sums.cross += few.cross;
       sums.forbidden += few.forbidden;
     });
+    sums.hard += this->sum_tail();
     sum_over_warp(sums);
     sums.label = row_.student_label();
     sums.label_teacher = row_.teacher_label();

@@ -70,6 +70,21 @@ class RereadSlice {
     }
   }
 
+  // The same over the tail.
+  __device__ void find_maximum_of_tail(float& max) const {
+    if (row_.has_tail()) row_.each_of_tail([&](int, float logit) { max = fmaxf(max, logit); });
+  }
+  __device__ float sum_tail() const {
+    float sum = 0;
+    if (row_.has_tail()) {
+      row_.each_of_tail([&](int, float logit) { sum += exponential(logit - hard_frame_); });
+    }
+    return sum;
+  }
+  __device__ void write_tail(float hard_sum) const {
+    row_.write_tail(1 / hard_sum, [&](float logit) { return exponential(logit - hard_frame_); });
+  }
+
   __device__ float none() const { return row_.teacher_probs() ? 0.0f : -kInf; }
 
   Row<Exchange>& row_;

@@ -16,9 +16,10 @@ struct RowArguments {
   float beta;      // of a mixture
   int vocab, keep;
   int begin, end;  // the slice of this CTA, in steps
-  int longest;     // slice of the row
+  int longest;     // slice of the row; with a tail, more than the registers of any CTA hold
   int label;       // -1: no class
   bool has_soft, has_hard;
+  bool has_tail;   // a hard term, and classes from vocab on, which the student has alone
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
   bool matches_logits;  // T is large: the soft term is that of logit_match.h, where logits are not
@@ -67,16 +68,20 @@ __device__ inline RowArguments row_arguments(const KdRows& call, int row, int ra
   a.end = share(steps, rank + 1, size);
   a.longest = (steps + size - 1) / size;
   const int64_t label = call.labels != nullptr ? call.labels[row] : 0;
-  a.label = label >= 0 && label < vocab ? static_cast<int>(label) : -1;
+  // The decoupled terms set apart a class that the teacher has as well.
+  const int64_t classes = call.target_weight != nullptr ? vocab : call.student.width;
+  a.label = label >= 0 && label < classes ? static_cast<int>(label) : -1;
   a.has_soft = call.soft_weight != nullptr;
   a.has_hard = call.hard_weight != nullptr;
+  a.has_tail = a.has_hard && call.student.width > call.vocab_size;
+  if (a.has_tail) a.longest = 1 << 30;
   a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && a.keep < vocab;
   a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse <= kMatchesLogits &&
                      a.student_inverse == vector(call.teacher_inv_temperature);
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
-    const bool same = a.has_hard && a.has_soft && !a.pruned && !a.decoupled &&
+    const bool same = a.has_hard && a.has_soft && !a.has_tail && !a.pruned && !a.decoupled &&
                       call.teacher.data != nullptr;  // not a sparse one
     if (same && a.student_inverse == 1.0f / power) a.power = power;
   }
@@ -135,6 +140,7 @@ class Row {
   __device__ int keep() const { return fresh(a.keep); }
   __device__ bool has_soft() const { return fresh(a.has_soft); }
   __device__ bool has_hard() const { return fresh(a.has_hard); }
+  __device__ bool has_tail() const { return fresh(a.has_tail); }
   __device__ bool decoupled() const { return fresh(a.decoupled); }
   __device__ bool pruned() const { return fresh(a.pruned); }
   __device__ bool matches_logits() const { return fresh(a.matches_logits); }
@@ -194,7 +200,7 @@ class Row {
   __device__ void fetch() {
     Ahead& ahead = shared.ahead;
     const RowArguments& next = ahead.arguments;
-    if (next.is_skipped() || next.label < 0 || next.matches_logits) return;
+    if (next.is_skipped() || next.label < 0 || next.matches_logits || next.has_tail) return;
     const auto each = [&](const auto& fn) {
       for (int which = 0; which < 2; ++which) {
         const View& view = which == 0 ? next.student : next.teacher;
@@ -235,20 +241,46 @@ class Row {
   __device__ void write_row(float terms, float gradient) {
     if (threadIdx.x == 0) shared.target.divergence = terms;
     write_terms(terms, terms);
-    fill_gradient(gradient);
+    if (!wants_gradient()) return;
+    fill_slice(gradient);
+    fill_beyond(hard_weight() == 0 ? 0 : gradient);
   }
 
   // The same gradient in every class of the slice; 0 beyond them all.
   __device__ void fill_gradient(float value) const {
     if (!wants_gradient()) return;
-    fill(dstudent(), begin() * kStep, min(end() * kStep, vocab()), value);
+    fill_slice(value);
     fill_beyond();
   }
-  __device__ void fill_beyond() const {
+  __device__ void fill_slice(float value) const {
+    fill(dstudent(), begin() * kStep, min(end() * kStep, vocab()), value);
+  }
+  // Of the classes from vocab on each CTA has a share.
+  __device__ void fill_beyond(float value = 0) const {
     const int width = static_cast<int>(call.dstudent.width) - vocab();
-    if (width == 0) return;
-    const int rank = exchange.rank(), size = exchange.size();
-    fill(dstudent(), vocab() + share(width, rank, size), vocab() + share(width, rank + 1, size), 0);
+    if (width != 0) fill(dstudent(), beyond(exchange.rank()), beyond(exchange.rank() + 1), value);
+  }
+
+  // fn(column, logit) for the tail's columns of this CTA, by the same threads in every call.
+  template <class Fn>
+  __device__ void each_of_tail(const Fn& fn) const {
+    const View view = student();
+    const int end = beyond(exchange.rank() + 1), threads = static_cast<int>(blockDim.x);
+    for (int column = beyond(exchange.rank()) + static_cast<int>(threadIdx.x); column < end;
+         column += threads) {
+      fn(column, load_single(view, column));
+    }
+  }
+  // The gradient there, of the hard term alone, whose softmax is factor * exponential(logit).
+  template <class Exponential>
+  __device__ void write_tail(float factor, const Exponential& exponential) const {
+    if (!has_tail() || hard_weight() == 0) return fill_beyond();
+    each_of_tail([&](int column, float logit) {
+      float values[kPerLane] = {};
+      values[0] = hard_weight() * factor * exponential(logit);
+      if (column == label()) values[0] -= hard_weight();
+      store_single(dstudent(), column, pack(dstudent().dtype, values).first.x);
+    });
   }
 
   // Whether nothing but NaN can be said of the gradient.
@@ -268,7 +300,7 @@ class Row {
   // What a row has at the label, for the one thread that adds it to the sums: read by the CTA that
   // may write over it later. The student's logit; the teacher's, or log2 of its probability.
   __device__ float student_label() const {
-    return (has_hard() || decoupled()) && adds_label() ? at(student(), label()) : 0;
+    return (has_hard() || decoupled()) && adds_label() ? load_single(student(), label()) : 0;
   }
   __device__ float teacher_label() const {
     if (!decoupled() || !adds_label()) return 0;
@@ -339,7 +371,14 @@ class Row {
 
  private:
   __device__ bool adds_label() const {
-    return threadIdx.x == 0 && label() >= begin() * kStep && label() < end() * kStep;
+    const bool in_tail = label() >= vocab();
+    const int first = in_tail ? beyond(exchange.rank()) : begin() * kStep;
+    const int last = in_tail ? beyond(exchange.rank() + 1) : end() * kStep;
+    return threadIdx.x == 0 && label() >= first && label() < last;
+  }
+  // Where the share of part `rank` begins.
+  __device__ int beyond(int rank) const {
+    return vocab() + share(static_cast<int>(call.student.width) - vocab(), rank, exchange.size());
   }
 
   const RowArguments& a;

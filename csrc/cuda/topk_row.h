@@ -45,6 +45,7 @@ class TopkRow : Slice<Exchange, false> {
     Sums parts;
     parts.lead_frame = parts.other_frame = parts.hard_frame = 0;
     if (row_.has_soft()) sum_pairs(parts, total);
+    if (row_.has_tail()) sum_tail(parts, total);
     row_.total(parts, [&](Sums& sums) { finish(total, sums); });
     const float soft = row_.has_soft() ? fresh(row_.shared.divergence.value) : 0;
     float hard = 0;
@@ -52,14 +53,15 @@ class TopkRow : Slice<Exchange, false> {
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return;
     if (row_.template is_lost<Mode::kForward>(soft, hard)) {
-      row_.fill_gradient(kNaN);
+      row_.fill_slice(kNaN);
     } else {
       const bool puts_back = row_.soft_weight() != 0;
       if (puts_back) write_named();
       __syncthreads();
       write_classes(total, puts_back);
-      row_.fill_beyond();
     }
+    row_.write_tail(1 / sum(),
+                    [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -frame())); });
   }
 
  private:
@@ -265,6 +267,21 @@ class TopkRow : Slice<Exchange, false> {
     sum_over_warp(sums);
   }
 
+  // Of the tail, to what there is of the hard term; from here on in a frame of the warp.
+  __device__ void sum_tail(Sums& sums, const Sums& total) const {
+    Online tail{kLog2E};
+    row_.each_of_tail([&](int, float logit) { tail.add(logit); });
+    tail.over_warp();
+    sums.hard_frame = sums.hard == 0 ? -kInf : common_frame(total);
+    join(sums.hard, sums.hard_frame, tail.sum, tail.frame);
+  }
+  // Adds a sum to one in another frame, -inf where it is 0.
+  __device__ static void join(float& sum, float& frame, float other, float other_frame) {
+    const float higher = fmaxf(frame, other_frame);
+    sum = sum * exp2_approx(frame - used(higher)) + other * exp2_approx(other_frame - used(higher));
+    frame = higher;
+  }
+
   // By one thread: the divergence, what its gradient is made of, and the hard term's sum.
   __device__ void finish(const Sums& total, Sums& sums) {
     if (row_.has_soft()) {
@@ -284,6 +301,13 @@ class TopkRow : Slice<Exchange, false> {
       if (sums.forbidden > 0 || (bucket_ && shared_.forbidden)) soft.value = kInf;
       const bool nan = total.lead != total.lead || total.other != total.other;
       row_.shared.divergence.value = shared_.valid && !nan ? soft.value : kNaN;
+    }
+    if (row_.has_tail()) {
+      float sum = shares() ? total.other : total.hard;
+      float frame = shares() ? total.other_frame : total.hard_frame;
+      join(sum, frame, sums.hard, sums.hard_frame);
+      shared_.sum = sum, shared_.frame = used(frame);
+      return;
     }
     shared_.frame = shares() ? total.other_frame : common_frame(total);
     float sum = shares() ? total.other : total.hard;

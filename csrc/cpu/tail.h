@@ -1,0 +1,69 @@
+// The classes from vocab_size on, which the student has alone: the hard term's softmax is over them
+// as well, and of all terms only its gradient reaches them.
+#pragma once
+#include "row_sum.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+template <class T>
+class Tail {
+ public:
+  // `kept`: their exponentials are, behind those of the hard term over the other classes.
+  Tail(const Rows& student, Workspace<T>& work, int64_t row, int64_t vocab, bool kept)
+      : student_(student),
+        work_(work),
+        row_(row),
+        vocab_(vocab),
+        sum_(T(1), kept ? work.h() + vocab : nullptr,
+             work.hard_frames() + (vocab + kChunk - 1) / kChunk) {}
+
+  // Reads them and makes a sum over the other classes, relative to `frame`, one over all.
+  void join(double& sum, T& frame) {
+    const int64_t n = student_.width - vocab_;
+    if (n == 0) return;
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+      const int64_t count = std::min(kChunk, n - begin);
+      sum_.read(load_columns<T>(student_, row_, vocab_ + begin, count, work_.scratch(0)), begin,
+                count);
+    }
+    // Without a finite logit a sum is 0 and its frame -inf.
+    const T top = std::max(frame, sum_.frame());
+    const auto moved = [&](double sum, T frame) {
+      return sum == 0 || frame == top ? sum : sum * std::exp(double{frame} - double{top});
+    };
+    const double others = moved(sum, frame), own = moved(sum_.sum(), sum_.frame());
+    sum = others + own;
+    frame = top;
+    others_ = others / sum;
+    own_ = own / sum;
+  }
+
+  // What turns a softmax over the other classes into one over all; 1 where there are no more.
+  double others() const { return others_; }
+
+  // The gradient. `lost`: it is NaN.
+  template <class Out>
+  void write(Out* out, T weight, int64_t label, bool lost) const {
+    const int64_t n = student_.width - vocab_;
+    if (weight == 0 || lost) {
+      std::fill(out + vocab_, out + vocab_ + n, store<Out>(weight == 0 ? T(0) : kNaN<T>));
+      return;
+    }
+    for (int64_t begin = 0, index = 0; begin < n; begin += kChunk, ++index) {
+      const int64_t count = std::min(kChunk, n - begin), i = label - vocab_ - begin;
+      const T* h = work_.h() + vocab_ + begin;
+      const T factor = own_ > 0 ? static_cast<T>(weight * own_ * sum_.scale(index)) : T(0);
+      combine<false, true>(h, h, h, count, T(0), T(0), factor, out + vocab_ + begin);
+      if (i >= 0 && i < count) out[label] = store<Out>(factor * h[i] - weight);
+    }
+  }
+
+ private:
+  const Rows& student_;
+  Workspace<T>& work_;
+  const int64_t row_, vocab_;
+  RowSum<T> sum_;
+  double others_ = 1, own_ = 0;  // shares of the sum over all
+};
+
+}  // namespace fastkd::cpu::FASTKD_ISA
