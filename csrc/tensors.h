@@ -52,10 +52,11 @@ inline int64_t number_of_rows(const Tensor& tensor) {
 // Whether rows of the teacher would be read after the gradient was written over them. The very same
 // rows are: a row is read before it is written.
 inline bool overwrites_others(const Rows& dstudent, const Rows& teacher, int64_t N) {
+  if (N == 0) return false;
   const bool same_rows = dstudent.data == teacher.data && dstudent.dtype == teacher.dtype &&
                          dstudent.offset(N - 1) == teacher.offset(N - 1) &&
                          dstudent.offset(N / 2) == teacher.offset(N / 2);
-  return N > 0 && !same_rows && dstudent.address(0, 0) < teacher.address(N - 1, teacher.width) &&
+  return !same_rows && dstudent.address(0, 0) < teacher.address(N - 1, teacher.width) &&
          teacher.address(0, 0) < dstudent.address(N - 1, dstudent.width);
 }
 

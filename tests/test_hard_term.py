@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.ops import choose_backend
+from fastkd.spec import FORWARD
 
 # Classes that are shared, and of the student: without a whole vector, around a tile and a chunk,
 # and most of the row beyond them.
@@ -250,7 +251,7 @@ def test_labels_that_the_host_has_not_checked(kernel, hard_weight, decoupled):
     given = (one, target) if decoupled else ()
     op = choose_backend(kernel.name, z.device, z.dtype).kd_rows
     soft, hard = op(
-        z[None], v[None], y, one, one, one, weight, gradient, shared, shared, 0.0, *given
+        z[None], v[None], y, one, one, one, weight, gradient, None, shared, FORWARD, None, *given
     )
     gradient = gradient[0]
     assert soft[bad].isnan().all() and gradient[bad, :shared].isnan().all()
