@@ -99,13 +99,14 @@ def dkd_loss(
     probability at all, there is nothing to match and nontarget is 0.
 
     Args:
-        labels: int64 or int32, one per row; needed here. Rows of `ignore_index` do not count.
+        labels: int64 or int32, one per row; needed here. Rows of `ignore_index` do not count. A
+            class below `vocab_size`, for the teacher must have it as well.
         temperature: T > 0, a number or one value per row.
         alpha: weight of the target term.
         beta: weight of the non-target term; the paper takes 8 on CIFAR-100, and 2 to 0.5 for
             teachers and students that are closer. It warms both up over the first 20 epochs.
-        hard_weight: weight of the cross-entropy with `labels` at T = 1 over all classes. The
-            paper's whole loss has 1.
+        hard_weight: weight of the cross-entropy with `labels` at T = 1 over all V_s classes of the
+            student. The paper's whole loss has 1.
         return_terms: return a :class:`DKDLossOutput`.
 
     The other arguments, the shapes, the dtypes and the errors are those of :func:`kd_loss`.

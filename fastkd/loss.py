@@ -97,9 +97,9 @@ def kd_loss(
             (float64 where either logits are). The last dimension should have stride 1 and at most
             two strides should describe the rows, as in ``logits[:, :-1]``; anything else is copied.
         teacher_logits: [..., V_t], the same leading shape, of any of these dtypes; a constant.
-        labels: int64 or int32, one per row (the leading shape, or flat). Rows labelled
-            `ignore_index` do not count: their loss and gradient are exactly 0 whatever they hold.
-            Without labels every row counts.
+        labels: int64 or int32, one per row (the leading shape, or flat), each a class of the
+            student. Rows labelled `ignore_index` do not count: their loss and gradient are exactly
+            0 whatever they hold. Without labels every row counts.
         temperature: T > 0, a number or a floating tensor with one value per row. The soft term is
             scaled by T^2 (Hinton et al. 2015, section 2.1), per row inside the mean. The number may
             be ``math.inf``, the limit there: half the variance of z - v over K, for a mixture times
@@ -109,13 +109,15 @@ def kd_loss(
             Jensen-Shannon divergence beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q
             (Agarwal et al. 2024). 0 and 1 are conventions, not its limits, which are 0.
         alpha: weight of the soft term; 1 - alpha weighs the hard one, the cross-entropy with
-            `labels` at T = 1 over all classes, never pruned.
+            `labels` at T = 1 over all V_s classes, never pruned, whatever `vocab_size` is:
+            ``F.cross_entropy(student_logits, labels)``.
         top_k: keep the k largest teacher logits of each row in both distributions.
         bottom_percentile: drop floor(V * percentile / 100) classes with the smallest teacher
             logits, in [0, 100). Both options: the smaller set is kept, at least one class. Classes
             tied with the last one kept are kept. Pruned classes get no gradient from the soft term.
-        vocab_size: number of leading classes that take part, where the two V differ or are padded;
-            the gradient is exactly 0 beyond.
+        vocab_size: number of leading classes that the soft term is over, where the two V differ or
+            are padded; its gradient is exactly 0 beyond. The hard term is over all V_s: padding is
+            kept out of both by ``student_logits[..., :vocab_size]``.
         teacher_kind: "logits", which log-probabilities are as well, or "probs": `teacher_logits`
             then hold probabilities, of any sum; p = P^(1/T) / sum P^(1/T), a zero stays zero.
         ignore_index: the label of rows that do not count.

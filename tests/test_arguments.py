@@ -187,10 +187,10 @@ BAD = {
     "label V": ({"labels": labels_with(V)}, ValueError, ["labels", f"got {V}", "-100"]),
     "label -1": ({"labels": labels_with(-1)}, ValueError, ["labels", "got -1"]),
     "label huge": ({"labels": labels_with(2**62)}, ValueError, ["labels", str(2**62)]),
-    "label beyond vocab_size": (
-        {"labels": labels_with(7), "vocab_size": 7},
+    "label V beside vocab_size": (
+        {"labels": labels_with(V), "vocab_size": 7},
         ValueError,
-        ["labels", "got 7", "[0, 7)"],
+        ["labels", f"got {V}", f"[0, {V})"],
     ),
     "label -100 of another ignore_index": (
         {"labels": labels_with(-100), "ignore_index": -1},

@@ -83,12 +83,11 @@ def problems(draw, values=PLAIN, large=True, temperatures=TEMPERATURES):
         options["top_k"] = draw(st.integers(1, V))
     if draw(st.integers(0, 2)) == 0:
         options["bottom_percentile"] = draw(st.floats(0, 99.9))
-    vocab = V
     if draw(st.integers(0, 2)) == 0:
-        vocab = options["vocab_size"] = draw(st.integers(1, V))
+        options["vocab_size"] = draw(st.integers(1, V))
     labels = None
     if draw(st.booleans()):
-        rows = st.one_of(st.just(-100), st.integers(0, vocab - 1))
+        rows = st.one_of(st.just(-100), st.integers(0, V - 1))
         labels = torch.tensor(draw(st.lists(rows, min_size=N, max_size=N)))
         options["alpha"] = draw(st.sampled_from([1.0, 0.5, 0.0]))
     if draw(st.integers(0, 3)) == 0:

@@ -46,7 +46,7 @@ def textbook(
 ):  # fmt: skip
     """DESIGN section 1 row by row on gathered columns, for autograd; `kept`: of each row."""
     width = vocab_size or student.shape[-1]
-    z, v = student[..., :width].reshape(-1, width), teacher[..., :width].reshape(-1, width)
+    z, v = student.reshape(-1, student.shape[-1]), teacher[..., :width].reshape(-1, width)
     rows, counting = [], 0
     for r in range(z.shape[0]):
         if labels is not None and labels.reshape(-1)[r] == ignore_index:
