@@ -28,6 +28,12 @@ from .spec import FORWARD, MIXTURE, REVERSE, compute_dtype
 _FEW_ROWS = 4096
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}  # of array.array
+# The least and the largest beta of a mixture: rounded to 0 or 1 it would be none, and 0 times a
+# divergence that is infinite; 1 / beta, a ratio q / m may be as large, has to be a number.
+_MIXTURES = {
+    dtype: (torch.finfo(dtype).eps ** 4, 1 - torch.finfo(dtype).eps / 2)
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 @lru_cache(maxsize=64)
@@ -80,10 +86,7 @@ def _divergence(beta: float, N: int, like: Tensor, dtype: torch.dtype) -> tuple[
         return FORWARD, None
     if beta == 1:
         return REVERSE, None
-    # Rounded to 0 or 1 it would be no mixture, and 0 times a divergence that is infinite; and the
-    # inverse of what is smaller than that, q / m, would be near the end of the numbers.
-    number = torch.finfo(dtype)
-    least, most = number.eps**4, 1 - number.eps / 2
+    least, most = _MIXTURES[dtype]
     if torch.compiler.is_compiling():
         return MIXTURE, _filled(beta, N, like, dtype).clamp(least, most)
     return MIXTURE, _filled(min(max(beta, least), most), N, like, dtype)
