@@ -99,7 +99,7 @@ def dkd_loss(
     probability at all, there is nothing to match and nontarget is 0.
 
     Args:
-        labels: int64 or int32, one per row; needed here. Rows of `ignore_index` do not count. A
+        labels: of any integer dtype, one per row; needed here. Rows of `ignore_index` do not count. A
             class below `vocab_size`, for the teacher must have it as well.
         temperature: T > 0, a number or one value per row.
         alpha: weight of the target term.

@@ -97,12 +97,12 @@ def kd_loss(
             (float64 where either logits are). The last dimension should have stride 1 and at most
             two strides should describe the rows, as in ``logits[:, :-1]``; anything else is copied.
         teacher_logits: [..., V_t], the same leading shape, of any of these dtypes; a constant.
-        labels: int64 or int32, one per row (the leading shape, or flat), each a class of the
+        labels: of any integer dtype, one per row (the leading shape, or flat), each a class of the
             student. Rows labelled `ignore_index` do not count: their loss and gradient are exactly
             0 whatever they hold. Without labels every row counts.
-        temperature: T > 0, a number or a floating tensor with one value per row. The soft term is
-            scaled by T^2 (Hinton et al. 2015, section 2.1), per row inside the mean. The number may
-            be ``math.inf``, the limit there: half the variance of z - v over K, for a mixture times
+        temperature: T > 0, a number, or a floating tensor of one value or with one per row, as
+            the labels or [..., 1]. The soft term is scaled by T^2 (Hinton et al. 2015, section
+            2.1), per row inside the mean. The number may be ``math.inf``, the limit there: half the variance of z - v over K, for a mixture times
             beta (1 - beta); +inf, without a gradient, where a class has a logit on one side only.
         teacher_temperature: the teacher's own temperature; None: the same. Infinite with the other.
         beta: which divergence D: 0 KL(p||q), 1 KL(q||p), between them the generalised
@@ -123,13 +123,14 @@ def kd_loss(
         ignore_index: the label of rows that do not count.
         token_weights: one weight per row, multiplying both terms. A row of weight 0 is skipped.
         num_items: the divisor of "batchmean" in place of the number of counting rows, for gradient
-            accumulation or data parallelism; a number, or a tensor of one.
+            accumulation or data parallelism; a number, or a tensor of one. It may be 0 where no row
+            counts or has a weight; elsewhere 0 is an error on the host, and the loss infinite.
         reduction: "batchmean": sum / number of counting rows (at least 1); "sum"; "none": one
             value per row, in the leading shape, 0 where a row does not count.
         return_terms: return a :class:`KDLossOutput` with both terms beside the loss.
         inplace: write the gradient over `student_logits`, with no N x V allocation. From the call
             on they no longer hold logits, and after backward they hold the gradient. Nothing is
-            written where no gradient is needed.
+            written where no gradient is needed. A teacher in the same memory must be the same view.
         backend: "auto", or one of :func:`fastkd.backends`; a backend asked for by name runs or
             raises.
 
@@ -139,9 +140,11 @@ def kd_loss(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a value out of range, shapes or devices that do not fit, a teacher that requires
-            a gradient, alpha < 1 without labels, inplace=True on a leaf.
-        RuntimeError: a named backend that cannot run (with every reason); a second-order gradient;
-            a second backward with inplace=True.
+            a gradient, alpha < 1 without labels, inplace=True on a leaf or over other rows of the
+            teacher.
+        RuntimeError: a named backend that cannot run (with every reason); a second-order gradient,
+            whatever asks for it; a second backward with inplace=True; several threads in a process
+            that was forked after its parent had used them.
 
     Examples:
         >>> student, teacher = torch.randn(8, 32000, requires_grad=True), torch.randn(8, 32000)

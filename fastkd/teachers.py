@@ -195,7 +195,7 @@ def class_bias(
 
     Args:
         logits: [..., V], of any floating dtype.
-        labels: int64 or int32, one per row; rows labelled `ignore_index` do not count.
+        labels: of any integer dtype, one per row; rows labelled `ignore_index` do not count.
         classes: the classes that share the offset: some, not all, of the V.
         ignore_index: the label of rows that do not count.
 
