@@ -99,8 +99,8 @@ def dkd_loss(
     probability at all, there is nothing to match and nontarget is 0.
 
     Args:
-        labels: of any integer dtype, one per row; needed here. Rows of `ignore_index` do not count. A
-            class below `vocab_size`, for the teacher must have it as well.
+        labels: of any integer dtype, one per row; needed here. Rows of `ignore_index` do not count.
+            Classes below `vocab_size`, for the teacher must have them as well.
         temperature: T > 0, a number or one value per row.
         alpha: weight of the target term.
         beta: weight of the non-target term; the paper takes 8 on CIFAR-100, and 2 to 0.5 for

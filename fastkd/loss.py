@@ -100,10 +100,11 @@ def kd_loss(
         labels: of any integer dtype, one per row (the leading shape, or flat), each a class of the
             student. Rows labelled `ignore_index` do not count: their loss and gradient are exactly
             0 whatever they hold. Without labels every row counts.
-        temperature: T > 0, a number, or a floating tensor of one value or with one per row, as
-            the labels or [..., 1]. The soft term is scaled by T^2 (Hinton et al. 2015, section
-            2.1), per row inside the mean. The number may be ``math.inf``, the limit there: half the variance of z - v over K, for a mixture times
-            beta (1 - beta); +inf, without a gradient, where a class has a logit on one side only.
+        temperature: T > 0, a number, or a floating tensor of one value or with one per row, shaped
+            as the labels or [..., 1]. The soft term is scaled by T^2 (Hinton et al. 2015, section
+            2.1), per row inside the mean. The number may be ``math.inf``, the limit there: half the
+            variance of z - v over K, for a mixture times beta (1 - beta); +inf, without a gradient,
+            where a class has a logit on one side only.
         teacher_temperature: the teacher's own temperature; None: the same. Infinite with the other.
         beta: which divergence D: 0 KL(p||q), 1 KL(q||p), between them the generalised
             Jensen-Shannon divergence beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q
