@@ -94,6 +94,8 @@ class Row {
 
   void write_gradient() {
     with_gradient([&](auto* out) {
+      const bool all = soft_.has_gradient() && !soft_.classes();
+      if (hard_weight_ != 0 || call_.target_weight) find_label(all);
       if (soft_.has_gradient() && soft_.classes()) {
         write_columns<false>(out);
         write_classes(out);
@@ -110,7 +112,7 @@ class Row {
   void write_columns(Out* out) {
     if (!kSoft && !own_hard()) {
       std::fill(out, out + vocab_, store<Out>(T(0)));
-      if (call_.target_weight) out[label()] = store<Out>(soft_.at_label());
+      if (call_.target_weight) out[label()] = store<Out>(at_label_);
       return;
     }
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
@@ -123,16 +125,27 @@ class Row {
       } else {
         combine<kSoft, false>(a, b, h, n, f.a, f.b, factor_h, out + begin);
       }
-      const bool at_label = hard_weight_ != 0 || call_.target_weight;
-      if (at_label && label() >= begin && label() < begin + n) {
-        // Before the rounding of the store: at the label the terms nearly cancel.
-        const int64_t i = label() - begin;
-        T value = soft_.at_label() - hard_weight_;
-        if (kSoft) value += f.a * a[i] + f.b * b[i];
-        if (own_hard()) value += factor_h * h[i];
-        out[label()] = store<Out>(value);
-      }
     }
+    if (hard_weight_ != 0 || call_.target_weight) out[label()] = store<Out>(at_label_);
+  }
+
+  // The gradient at the label, before the rounding of the store: its terms nearly cancel. `all`:
+  // the soft term's buffers hold every column.
+  void find_label(bool all) {
+    at_label_ = soft_.at_label();
+    if (all) {
+      const auto f = soft_.factors(label() / kChunk, 0);
+      at_label_ += f.a * work_.a()[label()] + f.b * work_.b()[label()];
+    }
+    if (hard_weight_ == 0) return;
+    double q = share_ ? soft_.share(label()) : hard_.share(label());
+    double besides = 1 - q;
+    if (besides < 0.5) {  // else the roundings of q are small beside it
+      besides = share_ ? soft_.share_besides(label())
+                       : hard_.share_besides(call_.labels + row_, 1, vocab_);
+    }
+    hard_at_label_ = static_cast<T>(hard_weight_ * -besides);
+    at_label_ += hard_at_label_;
   }
 
   // The few classes of the soft term, anew with both terms.
@@ -145,9 +158,10 @@ class Row {
       for (int64_t i = begin; i < end; ++i) {
         T value = f.a * work_.a()[i] + f.b * work_.b()[i];
         if (hard_weight_ != 0) {
-          value += static_cast<T>(hard_weight_ * hard_.scale(classes[i] / kChunk)) *
-                   work_.h()[classes[i]];
-          if (classes[i] == label()) value -= hard_weight_;
+          value += classes[i] == label()
+                       ? hard_at_label_
+                       : static_cast<T>(hard_weight_ * hard_.scale(classes[i] / kChunk)) *
+                             work_.h()[classes[i]];
         }
         out[classes[i]] = store<Out>(value);
       }
@@ -168,7 +182,8 @@ class Row {
   const T soft_weight_, hard_weight_, target_weight_;
   SoftTerm<T> soft_;
   RowSum<T> hard_;
-  bool share_ = false;  // the hard term uses the soft term's exponentials
+  T at_label_ = 0, hard_at_label_ = 0;  // the gradient there
+  bool share_ = false;                  // the hard term uses the soft term's exponentials
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA
