@@ -161,7 +161,7 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
     // Of a frame that is not the maximum's the sum of `other` is not used.
     constexpr T kHighest = -Level<T>::kLowest;
     const T e_lead = exp2_flushed(u_lead);
-    const T e_other = exp2_flushed(u_other < kHighest ? u_other : kHighest);
+    const T e_other = exp2_flushed(u_other > kHighest ? kHighest : u_other);
     const T x =
         clamp(kDirect ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
     const bool small = (x < 0 ? -x : x) < T(0.25);
