@@ -105,7 +105,8 @@ struct RowShared {
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
-  Binary target;  // of a decoupled row
+  Binary target;          // of a decoupled row
+  float target_at_label;  // the gradient there
   TopkShared topk;
   SelectShared select;
 };
@@ -141,6 +142,7 @@ class Row {
   // The first row's arguments; by the whole CTA.
   __device__ void start() {
     if (threadIdx.x == 0) {
+      shared.target_at_label = 0;
       shared.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
       if constexpr (Exchange::kSeveralRows) {
         shared.ahead.row = shared.ahead.staged = -1;
@@ -272,12 +274,20 @@ class Row {
     return value < kInf ? log2_subnormal(value) : kNaN;
   }
 
-  // The label's term of a decoupled row, by one thread, from the log-odds of both sides.
-  __device__ void set_target(float teacher_odds, float student_odds, bool has_gradient) {
-    shared.target = binary_divergence(teacher_odds, student_odds);
+  // The label's term of a decoupled row, by one thread, from the log-odds of both sides, which are
+  // `gap` apart.
+  __device__ void set_target(float teacher_odds, float student_odds, float gap, bool has_gradient) {
+    shared.target = binary_divergence(teacher_odds, student_odds, gap);
     const float weight = has_gradient ? target_weight() : 0.0f;
     const float of_target = weight == 0 ? 0 : weight * student_inverse() * shared.target.delta;
     shared.arguments.at_label = of_target - hard_weight();
+    shared.target_at_label = of_target;
+  }
+  // The gradient at the label but for the soft term's, from what all other classes have of the hard
+  // one: that is 1 less the label's share to its own precision. By one thread, after set_target().
+  __device__ void set_hard_at_label(float besides) {
+    const float of_hard = hard_weight() == 0 ? 0 : hard_weight() * -besides;
+    shared.arguments.at_label = of_hard + shared.target_at_label;
   }
   // What q has besides in the gradient of every other class.
   __device__ float target_factor() const {
