@@ -97,6 +97,7 @@ struct TopkShared {
   float frame, sum;  // of the student's exponentials at T = 1 over all classes
   Combination gradient;
   float lead, other;  // the second sums
+  bool near;          // q is over all classes, most of it in those that the teacher names
 };
 
 struct RowShared {
