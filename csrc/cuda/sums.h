@@ -132,7 +132,9 @@ __device__ __forceinline__ Pair pair_of(float lead, float other, float x) {
   Pair p{lead, other, fminf(fmaxf(x, -3.4028234e38f), 3.4028234e38f)};  // also of a NaN, two -inf
   const bool near = fabsf(p.x) < 0.25f;
   const float phi = p.x * p.x * phi_series(p.x);
-  p.difference = near ? lead * (phi - p.x) : other - lead;
+  // From x, whose logits have been subtracted before they were scaled, while it is the more exact.
+  const float minus_one = near ? phi - p.x : expm1f(-p.x);
+  p.difference = fabsf(p.x) < 1 ? lead * minus_one : other - lead;
   p.excess = near ? lead * phi : fmaf(lead, p.x, p.difference);
   return p;
 }
