@@ -50,10 +50,14 @@ def log2_of(P):
 
 
 @triton.jit
-def logits_of(t, unit, PROBS: tl.constexpr):
+def logits_of(t, unit, PROBS: tl.constexpr, EXACT: tl.constexpr):
     """A teacher's logits; of probabilities P as log2(unit P), the unit being a power of two that
-    brings every P > 0 above the subnormal numbers, which the logarithm takes for 0."""
-    return log2_of(t * unit) if PROBS else t
+    brings every P > 0 above the subnormal numbers, which the logarithm takes for 0. EXACT: where it
+    is compared with a logit that may be close."""
+    if PROBS:
+        return tl.log2(t * unit) if EXACT else log2_of(t * unit)
+    else:
+        return t
 
 
 @triton.jit
@@ -235,14 +239,14 @@ def log_quotient(delta, b, otherwise):
 
 
 @triton.jit
-def binary_divergence(a, b):
-    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q. No digit
-    is lost where either is near 0 or 1, nor where the two agree; the odds may be infinite."""
+def binary_divergence(a, b, gap):
+    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q, and b - a.
+    No digit is lost where either is near 0 or 1, nor where the two agree; the odds may be infinite.
+    """
     p = logistic(a)
     q = logistic(b)
     p_not = logistic(-a)
     q_not = logistic(-b)
-    gap = tl.where(a == b, 0.0, b - a)
     fall = expm1(-tl.abs(gap))
     delta = tl.where(gap > 0, -q * p_not * fall, p * q_not * fall)
     log = log_quotient(-delta, q, log_logistic(a) - log_logistic(b))

@@ -14,6 +14,7 @@ from .triton_math import (
     beside_label,
     edges,
     excess,
+    expm1,
     load_tile,
     log_terms,
     logits_of,
@@ -22,6 +23,7 @@ from .triton_math import (
     row_offset,
     step_back,
     store_tile,
+    to_float,
     unit_of,
     whole_start,
 )
@@ -120,7 +122,7 @@ def maxima(
     t_max = tl.max(t_max, 0)
     unit, shift = unit_of(t_max, PROBS)
     if PROBS:
-        t_max = logits_of(tl.maximum(t_max, 0.0), unit, PROBS)
+        t_max = logits_of(tl.maximum(t_max, 0.0), unit, PROBS, False)
     return tl.max(s_max, 0), t_max, tl.max(h_max, 0), tl.sum(lost, 0), unit, shift
 
 
@@ -134,10 +136,13 @@ def sums_of(
 ):  # fmt: skip
     """What one tile adds to the sums; `t` only where there is a divergence."""
     if HARD:
-        zh += tl.sum(tl.exp2((s - h_max) * LOG2E), 1)
+        h = s
+        if RAGGED:
+            h = tl.where(positions(start, BLOCK, LANE) == at_label, NINF, s)
+        zh += tl.sum(tl.exp2((h - h_max) * LOG2E), 1)
     if DIVERGENCE != NONE:
         us = (s - s_max) * s_scale
-        ut = (logits_of(t, unit, PROBS) - t_max) * t_scale
+        ut = (logits_of(t, unit, PROBS, False) - t_max) * t_scale
         if PRUNE or RAGGED:
             kept = kept_classes(
                 t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
@@ -185,52 +190,107 @@ def sums(
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes, and of
-    a exp * ln(a / b) before normalisation, all in powers of two."""
+    """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes but the
+    label, and of a exp * ln(a / b) before normalisation, all in powers of two. Besides, the largest
+    part of either side's sum that fell to one lane, nearly all where a row is sure of a class; and
+    all parts of the student's."""
     zs = tl.zeros([BLOCK // LANE], tl.float32)
     zt = zs
     zh = zs
     cross = zs
     begin, end, first, full = edges(low, high, BLOCK)
-    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, APART)
+    LABEL: tl.constexpr = APART or HARD
+    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, LABEL)
     for start in tl.range(first, whole, BLOCK):
         zs, zt, zh, cross = sums_tile(
-            s_row, t_row, whole_start(start, label_tile, BLOCK, APART), low, high, threshold, unit,
+            s_row, t_row, whole_start(start, label_tile, BLOCK, LABEL), low, high, threshold, unit,
             at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
             DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
     for edge in tl.range(begin, masked):
         zs, zt, zh, cross = sums_tile(
-            s_row, t_row, masked_start(edge, end, full, label_tile, APART), low, high, threshold,
+            s_row, t_row, masked_start(edge, end, full, label_tile, LABEL), low, high, threshold,
             unit, at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
             DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
-    return tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0)
+    return (
+        tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0),
+        tl.max(zs, 0), tl.max(zt, 0), zs,
+    )  # fmt: skip
 
 
 @triton.jit
-def hard_slope(s, start, at_label, h_max, h_log, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    """Of the hard term, with respect to a tile of s."""
-    q = tl.exp2((s - h_max) * LOG2E - h_log)
-    return tl.where(positions(start, BLOCK, LANE) == at_label, q - 1.0, q)
+def top_class(
+    s_row, t_row, low, high, threshold, unit, at_label, lanes, most,
+    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
+    BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Both sides' logits of the student's largest class, which is one of the few of the lane whose
+    part is `most`; -inf where there is none."""
+    lane = tl.max(tl.where(lanes == most, tl.arange(0, BLOCK // LANE), 0), 0)
+    s_top = tl.full([], NINF, tl.float32)
+    t_top = s_top
+    for start in tl.range(0, high, BLOCK * (BLOCK // LANE)):
+        place = positions(0, BLOCK, LANE)
+        at = start + place // LANE * BLOCK + lane * LANE + place % LANE
+        inside = (at >= low) & (at < high)
+        if APART:
+            inside = inside & (at != at_label)
+        s = to_float(tl.load(s_row + at, mask=inside, other=NINF))
+        t = to_float(tl.load(t_row + at, mask=inside, other=NINF))
+        if PRUNE:
+            s = tl.where(t < threshold, NINF, s)
+        if PROBS:
+            t = logits_of(tl.maximum(t, 0.0), unit, PROBS, True)
+        largest = tl.max(tl.max(s, 1), 0)
+        other = tl.max(tl.max(tl.where(s == largest, t, NINF), 1), 0)
+        t_top = tl.where(largest > s_top, other, t_top)
+        s_top = tl.maximum(s_top, largest)
+    return s_top, t_top
+
+
+@triton.jit
+def hard_terms(others, h_max, label_logit):
+    """The hard term, log2 of the sum of all classes, and the slope at the label, which has digits
+    also where the label is sure: of the sum of the other classes, not of 1 - q."""
+    own = tl.exp2((label_logit - h_max) * LOG2E)
+    total = others + own
+    h_log = tl.log2(total)
+    sure = others < own
+    log, _ = log_terms(tl.where(sure, others / own, 0.0))
+    hard = tl.where(sure, log, h_log * LN2 + (h_max - label_logit))
+    return hard, h_log, -others / total
+
+
+@triton.jit
+def hard_slope(
+    s, start, at_label, h_max, h_log, label_slope,
+    LABEL: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Of the hard term, with respect to a tile of s; LABEL: which may hold the label."""
+    slope = tl.exp2((s - h_max) * LOG2E - h_log)
+    if LABEL:
+        slope = tl.where(positions(start, BLOCK, LANE) == at_label, label_slope, slope)
+    return slope
 
 
 @triton.jit
 def second_of(
     s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
-    value0, value1,
+    s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
+    divergence, beta, rest, at_label, value0, value1, value2, value3,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """What one tile adds to the divergence, and its gradient to g_row."""
+    """What one tile adds to the sums of `second`, and its gradient to g_row."""
+    GUARDED: tl.constexpr = CAREFUL or DIVERGENCE == MIXTURE
     if DIVERGENCE != NONE:
         if PRUNE or RAGGED:
             kept = kept_classes(
                 t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
             )
-        t = logits_of(t, unit, PROBS)
+        t = logits_of(t, unit, PROBS, CAREFUL)
         ds = s - s_max
         dt = t - t_max
         # The logarithm of a sum is subtracted by itself: added to the maximum first, it would be
@@ -244,32 +304,49 @@ def second_of(
         p = tl.exp2(log_p)
         soft = q - p
         if CAREFUL:
-            # ln(p / q), finite wherever the logits are: log_q may overflow at the lowest of them.
-            # Both sides alike, so that equal logits give 0 however products and sums are fused.
-            x = (dt * t_inverse - t_log * LN2) - (ds * s_inverse - s_log * LN2)
+            # ln(q / p) is x, and d what it is more than at the class that both sides are relative
+            # to, where d is 0 however products and sums are fused, as it is where the logits agree.
+            # Finite wherever these are: log_q may overflow at the lowest of them.
+            d = (ds - dt * (t_inverse / s_inverse)) * s_inverse
+            x = d - log_ratio
+            # To the precision of the logits' difference, where q - p has that of p.
+            soft = tl.where(tl.abs(x) < 0.5, p * expm1(x), soft)
             no_s = s == NINF
+            if VALUE:
+                value2 += tl.sum(soft, 1)
             if DIVERGENCE == FORWARD:
                 if VALUE:
-                    term = excess(p, q, x, t == NINF, no_s)
+                    term = excess(p, q, -x, t == NINF, no_s)
                     value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
                 soft = tl.where(no_s, 0.0, soft)
             if DIVERGENCE == REVERSE:
                 if VALUE:
-                    term = excess(q, p, -x, no_s, t == NINF)
+                    term = excess(q, p, x, no_s, t == NINF)
                     value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
-                soft = tl.where(q > 0, q * (-x - divergence), 0.0)
+                bracket = d
             if DIVERGENCE == MIXTURE:
-                # p / m = 1 - rest y and q / m = 1 + beta y: each divergence is a sum of
-                # r ln r - r + 1 over m, without cancellation.
-                m = beta * p + rest * q
-                y = soft / tl.maximum(m, 1.1754943508222875e-38)
-                log_ratio, from_q = log_terms(beta * y)
-                if VALUE:
-                    _, from_p = log_terms(-rest * y)
-                    value0 += tl.sum(m * from_p, 1)
-                    value1 += tl.sum(m * from_q, 1)
-                soft = rest * q * (log_ratio - divergence)
-        else:
+                # ln(q / m), likewise: its exponential is q / p over beta + rest q / p.
+                at_top = tl.exp2(log_ratio * LOG2E)
+                change = tl.where(
+                    tl.abs(d) < 0.5, at_top * expm1(-d), tl.exp2(-x * LOG2E) - at_top
+                )
+                bracket, _ = log_terms(change * (beta / (rest + beta * at_top)))
+                bracket = -bracket
+            if VALUE and DIVERGENCE != FORWARD:
+                value3 += tl.sum(tl.where(q > 0, q * bracket, 0.0), 1)
+        if DIVERGENCE == MIXTURE:
+            # p / m = 1 - rest y and q / m = 1 + beta y: each divergence is a sum of
+            # r ln r - r + 1 over m, without cancellation.
+            m = beta * p + rest * q
+            y = soft / tl.maximum(m, 1.1754943508222875e-38)
+            log, from_q = log_terms(beta * y)
+            if VALUE:
+                _, from_p = log_terms(-rest * y)
+                value0 += tl.sum(m * from_p, 1)
+                value1 += tl.sum(m * from_q, 1)
+            if not CAREFUL:
+                soft = rest * q * (log - divergence)
+        elif not CAREFUL:
             # sum(q - p) is 0: with it the errors of both normalisers cancel to first order.
             if DIVERGENCE == FORWARD:
                 term = p * (log_p - log_q)
@@ -285,14 +362,17 @@ def second_of(
             if VALUE:
                 value0 += tl.sum(term, 1)
                 value1 += tl.sum(remainder, 1)
+        if CAREFUL and DIVERGENCE != FORWARD:
+            share = rest * q if DIVERGENCE == MIXTURE else q
+            soft = tl.where(q > 0, share * (bracket - divergence), 0.0)
         if GRADIENT:
             gradient = soft_factor * soft
-            if CAREFUL:  # not even a NaN comes of a term without weight
+            if GUARDED:  # not even a NaN comes of a term without weight
                 gradient = tl.where(soft_factor != 0, gradient, 0.0)
             if APART:  # the label's class takes what it gains from the others, by their shares
                 share = target_factor * q
-                gradient -= tl.where(target_factor != 0, share, 0.0) if CAREFUL else share
-            if CAREFUL and PRUNE:
+                gradient -= tl.where(target_factor != 0, share, 0.0) if GUARDED else share
+            if GUARDED and PRUNE:
                 gradient = tl.where(kept, gradient, 0.0)
     if GRADIENT:
         if APART and RAGGED:
@@ -300,20 +380,22 @@ def second_of(
             gradient = tl.where(label, target_factor, gradient)
         if HARD:
             # The label in the same sum: there the two terms nearly cancel, before any rounding.
-            hard = hard_factor * hard_slope(s, start, at_label, h_max, h_log, BLOCK, LANE)
+            hard = hard_factor * hard_slope(
+                s, start, at_label, h_max, h_log, label_slope, RAGGED, BLOCK, LANE
+            )
             if DIVERGENCE == NONE:
                 gradient = hard
             else:
-                gradient += tl.where(hard_factor != 0, hard, 0.0) if CAREFUL else hard
+                gradient += tl.where(hard_factor != 0, hard, 0.0) if GUARDED else hard
         store_tile(g_row, gradient, start, low, high, G_VECTOR, BLOCK, RAGGED)
-    return value0, value1
+    return value0, value1, value2, value3
 
 
 @triton.jit
 def second_tile(
     s_row, t_row, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
-    t_inverse, s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest,
-    at_label, value0, value1,
+    t_inverse, s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
+    divergence, beta, rest, at_label, value0, value1, value2, value3,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
@@ -325,44 +407,64 @@ def second_tile(
         t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
     return second_of(
         s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-        s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest,
-        at_label, value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
-        G_VECTOR, BLOCK, LANE, RAGGED,
+        s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
+        divergence, beta, rest, at_label, value0, value1, value2, value3,
+        DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT, G_VECTOR, BLOCK, LANE,
+        RAGGED,
     )  # fmt: skip
 
 
 @triton.jit
 def second(
     s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
+    s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
+    divergence, beta, rest, at_label,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """The divergence as two sums and the gradient, from the end of the row: that is what the cache
-    still holds of a row longer than it has room for."""
+    still holds of a row longer than it has room for. Of careful rows besides, the sum of q - p and
+    what all classes' brackets have in common (see `corrected`)."""
     value0 = tl.zeros([BLOCK // LANE], tl.float32)
     value1 = value0
+    value2 = value0
+    value3 = value0
+    LABEL: tl.constexpr = APART or HARD
     begin, end, first, full = edges(low, high, BLOCK)
-    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, APART)
+    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, LABEL)
     for edge in tl.range(begin, masked):
-        value0, value1 = second_tile(
-            s_row, t_row, g_row, masked_start(edge, end, full, label_tile, APART), low, high,
+        value0, value1, value2, value3 = second_tile(
+            s_row, t_row, g_row, masked_start(edge, end, full, label_tile, LABEL), low, high,
             threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
-            value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
-            VECTOR, G_VECTOR, BLOCK, LANE, True,
+            log_ratio, soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest,
+            at_label, value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
+            CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
     for forward in tl.range(first, whole, BLOCK):
         start = whole - BLOCK + first - forward
-        value0, value1 = second_tile(
-            s_row, t_row, g_row, whole_start(start, label_tile, BLOCK, APART), low, high,
+        value0, value1, value2, value3 = second_tile(
+            s_row, t_row, g_row, whole_start(start, label_tile, BLOCK, LABEL), low, high,
             threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            soft_factor, hard_factor, target_factor, divergence, beta, rest, at_label,
-            value0, value1, DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT,
-            VECTOR, G_VECTOR, BLOCK, LANE, False,
+            log_ratio, soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest,
+            at_label, value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
+            CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
-    return tl.sum(value0, 0), tl.sum(value1, 0)
+    return tl.sum(value0, 0), tl.sum(value1, 0), tl.sum(value2, 0), tl.sum(value3, 0)
+
+
+@triton.jit
+def digits(zs, zt, s_most, t_most, DIVERGENCE: tl.constexpr):
+    """Whether p and q formed apart leave the gradient its digits, as far as the largest class tells
+    and the divergence does not: which may be that of small classes, while the gradient's norm is
+    that of a large one. Of the reverse divergence and of mixtures, what a class is off the mean
+    by, which is that of the class that the student is sure of."""
+    of_s = s_most / zs
+    apart = tl.abs(of_s - t_most / zt) > of_s * (1 / 32)
+    enough = apart | (of_s < 0.25)
+    if DIVERGENCE != FORWARD:
+        enough = enough & (of_s < 0.75)
+    return enough
 
 
 @triton.jit
@@ -377,21 +479,34 @@ def quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def careful_soft(
+def soft_of(
     value0, value1, zs, zt, nans, beta, rest, DIVERGENCE: tl.constexpr, APART: tl.constexpr
 ):
-    """The soft term, and the divergence that its gradient takes off every class."""
+    """The soft term of guarded rows."""
     soft = value0
-    divergence = value0
     if DIVERGENCE == MIXTURE:
         soft = beta * value0 + rest * value1
-        divergence = value1
     if APART:  # nothing to match, or no class to match it with
         soft = tl.where(zt == 0, 0.0, tl.where(zs == 0, float("inf"), soft))
     # A NaN, or a side without a finite logit: its maximum is -inf, and -inf - -inf is NaN.
     if (zs != zs) | (zt != zt) | (nans > 0):
         soft = tl.full([], float("nan"), tl.float32)
-    return soft, divergence
+    return soft
+
+
+@triton.jit
+def corrected(soft, excessive, beta, rest, DIVERGENCE: tl.constexpr):
+    """The soft term less what it has of the sum of q - p, which is 0 but for the rounding of both
+    sums' logarithms, and the logarithm of what q is too large by."""
+    excessive = tl.where(tl.abs(excessive) < 0.5, excessive, 0.0)
+    log, second = log_terms(excessive)
+    if DIVERGENCE == FORWARD:
+        soft -= excessive - log
+    if DIVERGENCE == REVERSE:
+        soft = (soft - second) / (1.0 + excessive)
+    if DIVERGENCE == MIXTURE:  # to second order: such rows are close
+        soft -= beta * rest * 0.5 * excessive * excessive
+    return soft, log
 
 
 @triton.jit

@@ -37,6 +37,7 @@ struct Sums {
   T probe = 0;             // NaN where a pruned class holds an infinity or a NaN
   bool forbidden = false;  // a column with other = -inf < lead: the divergence is infinite
   bool too_high = false;   // a logit too far above the frame: the sums are not to be used
+  T top = kInf<T>;         // no e_lead is above 2^top
 };
 
 // What is kept of the exponentials for the gradient, in two buffers a and b.
@@ -133,7 +134,8 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
           sum_of(crosses) * -kLn2<T>,
           sum_of(probes),
           false,
-          too_high};
+          too_high,
+          static_cast<T>(max_of(levels_lead) - Level<T>::kZero) + T(0.5)};
 }
 
 template <class T>
@@ -156,7 +158,10 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
-    const T e_lead = exp2_flushed(u_lead), e_other = exp2_flushed(u_other);
+    // Of a frame that is not the maximum's the sum of `other` is not used.
+    constexpr T kHighest = -Level<T>::kLowest;
+    const T e_lead = exp2_flushed(u_lead);
+    const T e_other = exp2_flushed(u_other > kHighest ? kHighest : u_other);
     const T x =
         clamp(kDirect ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
     const bool small = (x < 0 ? -x : x) < T(0.25);
@@ -236,9 +241,10 @@ FASTKD_LOOP bool has_nan(const T* values, int64_t n) {
   return nans != 0;
 }
 
-// The mixture's two divergences, from a = e_teacher and b = e_student - e_teacher. With y = (q - p)
+// The mixture's two divergences, from a = e_student and b = e_teacher - e_student. With y = (q - p)
 // / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of excess(r) =
-// r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m).
+// r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m). It is p that is
+// rounded where the other one is, which shows in m only: of q the smallest counts as well.
 template <class T>
 struct Mixture {
   T from_teacher = 0;  // KL(p || m)
@@ -248,21 +254,49 @@ struct Mixture {
 template <class T>
 FASTKD_LOOP Mixture<T> mixture(T* __restrict a, T* __restrict b, int64_t n, T beta, T per_q,
                                T per_p, T difference_a) {
-  // p = per_p a, q = per_q (a + b), q - p = per_q b + difference_a a
+  // q = per_q a, p = per_p (a + b), q - p = difference_a a - per_p b
   constexpr T kTiny = std::numeric_limits<T>::min();
   T from_teacher[kLanes<T>] = {}, from_student[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
-    const T p = per_p * a[i], q = per_q * (a[i] + b[i]);
+    const T p = per_p * (a[i] + b[i]), q = per_q * a[i];
     const T m = beta * p + (1 - beta) * q;
-    const T y = (per_q * b[i] + difference_a * a[i]) / (m > kTiny ? m : kTiny);
-    const auto from_p = log_terms(-(1 - beta) * y);
-    const auto from_q = log_terms(beta * y);
+    const T per_m = 1 / (m > kTiny ? m : kTiny);
+    const T y = (difference_a * a[i] - per_p * b[i]) * per_m;
+    const auto from_p = log_terms(-(1 - beta) * y, p * per_m);
+    const auto from_q = log_terms(beta * y, q * per_m);
     from_teacher[lane] += m * from_p.excess;
     from_student[lane] += m * from_q.excess;
     a[i] = q;
     b[i] = q * from_q.log;
   });
   return {sum_of(from_teacher), sum_of(from_student)};
+}
+
+// From a = e_student and b = e_student x, x = ln(q / p) less that of a class (or of none) for which
+// beta p / m is `share` and (1 - beta) q / m is `rest`: leaves b = e_student L with L = ln(q / m)
+// less that of this class, and returns its sum. Nothing of it cancels where q is all but 1, nor
+// where p is so far away that ln(q / m) is -ln(1 - beta) in most classes.
+template <class T>
+FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T share, T rest) {
+  T sums[kLanes<T>] = {};
+  each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
+    const bool there = a[i] > 0;
+    T x = b[i] / (there ? a[i] : T(1));
+    x = x < 200 ? x : T(200);  // where ln(q / m) has come to its limit
+    x = x > -80 ? x : T(-80);  // a q that is nothing
+    const Ratio<T> back = ratio(x * -kLog2E<T>);
+    b[i] = there ? -a[i] * log_terms(share * back.minus_one, share * back.exp2 + rest).log : T(0);
+    sums[lane] += b[i];
+  });
+  return sum_of(sums);
+}
+
+template <class T>
+FASTKD_LOOP T sum_of_columns(const T* __restrict values, int64_t n) {
+  T sums[kLanes<T>] = {};
+  each_column<kLanes<T>>(
+      n, [&](int64_t i, int lane) __attribute__((always_inline)) { sums[lane] += values[i]; });
+  return sum_of(sums);
 }
 
 // dstudent = ca a + cb b (+ ch h), in float32 (float64) and rounded once, at the store.

@@ -25,7 +25,9 @@ inline Binary binary_divergence(double teacher_odds, double student_odds) {
   if (std::fabs(gap) < 1) {
     // Sum of q ((1 + y) ln(1 + y) - y) with 1 + y = p / q: what follows would cancel.
     const double y = logistic(-a) * std::expm1(-gap), y_others = logistic(a) * std::expm1(gap);
-    return {logistic(b) * log_terms(y).excess + logistic(-b) * log_terms(y_others).excess, delta};
+    return {logistic(b) * log_terms(y, 1 + y).excess +
+                logistic(-b) * log_terms(y_others, 1 + y_others).excess,
+            delta};
   }
   // KL = softplus(b) - softplus(a) - p (b - a), of either class: of the rarer one in q. Either of
   // the odds may be infinite.

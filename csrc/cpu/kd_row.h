@@ -51,6 +51,8 @@ class Row {
   int64_t label() const { return call_.labels[row_]; }
   // The decoupled terms set apart a class that the teacher has as well.
   int64_t label_classes() const { return call_.target_weight ? vocab_ : call_.student.width; }
+  // Whether a class that the teacher has as well gets a gradient as the label.
+  bool has_label() const { return (hard_weight_ != 0 || call_.target_weight) && label() < vocab_; }
   bool wants_gradient() const { return call_.dstudent.data != nullptr; }
   bool own_hard() const { return hard_weight_ != 0 && !share_; }
 
@@ -107,6 +109,8 @@ class Row {
 
   void write_gradient() {
     with_gradient([&](auto* out) {
+      const bool all = soft_.has_gradient() && !soft_.classes();
+      if (has_label()) find_label(all);
       if (soft_.has_gradient() && soft_.classes()) {
         write_columns<false>(out);
         write_classes(out);
@@ -123,7 +127,7 @@ class Row {
   void write_columns(Out* out) {
     if (!kSoft && !own_hard()) {
       std::fill(out, out + vocab_, store<Out>(T(0)));
-      if (call_.target_weight) out[label()] = store<Out>(soft_.at_label());
+      if (call_.target_weight) out[label()] = store<Out>(at_label_);
       return;
     }
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
@@ -137,16 +141,26 @@ class Row {
       } else {
         combine<kSoft, false>(a, b, h, n, f.a, f.b, factor_h, out + begin);
       }
-      const bool at_label = hard_weight_ != 0 || call_.target_weight;
-      if (at_label && label() >= begin && label() < begin + n) {
-        // Before the rounding of the store: at the label the terms nearly cancel.
-        const int64_t i = label() - begin;
-        T value = soft_.at_label() - hard_weight_;
-        if (kSoft) value += f.a * a[i] + f.b * b[i];
-        if (own_hard()) value += factor_h * h[i];
-        out[label()] = store<Out>(value);
-      }
     }
+    if (has_label()) out[label()] = store<Out>(at_label_);
+  }
+
+  // The gradient at the label, before the rounding of the store: its terms nearly cancel. `all`:
+  // the soft term's buffers hold every column.
+  void find_label(bool all) {
+    at_label_ = soft_.at_label();
+    if (all) {
+      const auto f = soft_.factors(label() / kChunk, 0);
+      at_label_ += f.a * work_.a()[label()] + f.b * work_.b()[label()];
+    }
+    if (hard_weight_ == 0) return;
+    double besides = 1 - (share_ ? soft_.share(label()) : hard_.share(label()));
+    if (besides < 0.5) {  // else the roundings of q are small beside it
+      besides = share_ ? soft_.share_besides(label())
+                       : hard_.share_besides(call_.labels + row_, 1, vocab_);
+    }
+    hard_at_label_ = static_cast<T>(hard_weight_ * -tail_.besides(besides));
+    at_label_ += hard_at_label_;
   }
 
   // The few classes of the soft term, anew with both terms.
@@ -159,8 +173,8 @@ class Row {
       for (int64_t i = begin; i < end; ++i) {
         T value = f.a * work_.a()[i] + f.b * work_.b()[i];
         if (hard_weight_ != 0) {
-          value += hard_factor(classes[i] / kChunk) * work_.h()[classes[i]];
-          if (classes[i] == label()) value -= hard_weight_;
+          value += classes[i] == label() ? hard_at_label_
+                                         : hard_factor(classes[i] / kChunk) * work_.h()[classes[i]];
         }
         out[classes[i]] = store<Out>(value);
       }
@@ -182,8 +196,9 @@ class Row {
   SoftTerm<T> soft_;
   RowSum<T> hard_;
   Tail<T> tail_;
-  bool share_ = false;      // the hard term uses the soft term's exponentials
-  bool lost_hard_ = false;  // it is NaN
+  T at_label_ = 0, hard_at_label_ = 0;  // the gradient there
+  bool share_ = false;                  // the hard term uses the soft term's exponentials
+  bool lost_hard_ = false;              // it is NaN
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -115,9 +115,9 @@ struct LogTermsDouble {
   double log, excess;
 };
 
-// For y >= -1; ln 0 is taken as ln of the smallest normal number.
-FASTKD_INLINE LogTerms log_terms(float y) {
-  float r = 1.0f + y;
+// For y >= -1 and r = 1 + y, to its own precision where y is near -1; ln 0 is taken as ln of the
+// smallest normal number.
+FASTKD_INLINE LogTerms log_terms(float y, float r) {
   r = r < 0x1p-126f ? 0x1p-126f : r;
   const int32_t bits = static_cast<int32_t>(to_bits(r));
   const int32_t k = (bits - kSqrtHalf) >> 23;  // r = 2^k * [sqrt(1/2), sqrt(2))
@@ -126,8 +126,8 @@ FASTKD_INLINE LogTerms log_terms(float y) {
   const float log = f - f * f * q + static_cast<float>(k) * kLn2<float>;
   return {log, k == 0 ? f * f * (1.0f - (1.0f + f) * q) : r * log - y};
 }
-FASTKD_INLINE LogTermsDouble log_terms(double y) {
-  const double r = std::fmax(1 + y, std::numeric_limits<double>::min());
+FASTKD_INLINE LogTermsDouble log_terms(double y, double given) {
+  const double r = std::fmax(given, std::numeric_limits<double>::min());
   const double log = std::fabs(y) < 0.5 ? std::log1p(y) : std::log(r);
   // Below 1/32 the series sum (-y)^k / (k (k - 1)); its tenth term is below 1e-16 of the first.
   double series = 0;

@@ -28,6 +28,19 @@ class RowSum {
   }
 
   double sum() const { return sum_; }
+  void set_sum(double sum) { sum_ = sum; }
+
+  // The probability of one column, and of all but some, which is 1 less theirs to its own
+  // precision. What is kept of those is lost then.
+  double share(int64_t column) const { return scale(column / kChunk) * kept_[column]; }
+  double share_besides(const int64_t* columns, int64_t count, int64_t vocab) {
+    for (int64_t i = 0; i < count; ++i) kept_[columns[i]] = 0;
+    double sum = 0;
+    for (int64_t begin = 0, index = 0; begin < vocab; begin += kChunk, ++index) {
+      sum += scale(index) * double{sum_of_columns(kept_ + begin, std::min(kChunk, vocab - begin))};
+    }
+    return sum;
+  }
   T frame() const { return frame_; }
   double lse() const { return std::log(sum_) + double{frame_} * inverse_; }
 

@@ -27,10 +27,11 @@ class SoftTerm {
         reverse_(call.divergence == Mode::kReverse),
         mixed_(call.divergence == Mode::kMixture),
         beta_(mixed_ ? static_cast<const T*>(call.beta)[row] : T(0)),
+        student_leads_(reverse_ || mixed_),
         match_(work) {
     const T teacher_inverse = static_cast<const T*>(call.teacher_inv_temperature)[row];
-    inverse_ = reverse_ ? Temperatures<T>{student_inverse_, teacher_inverse}
-                        : Temperatures<T>{teacher_inverse, student_inverse_};
+    inverse_ = student_leads_ ? Temperatures<T>{student_inverse_, teacher_inverse}
+                              : Temperatures<T>{teacher_inverse, student_inverse_};
     keep_ = mixed_            ? Keep::kMixture
             : !has_gradient() ? Keep::kNothing
             : reverse_        ? Keep::kReverse
@@ -49,7 +50,7 @@ class SoftTerm {
     valid_ = columns_.select();
     if (!columns_.masked()) return;
     const Frame<T> frame = columns_.beside_top();  // teacher, student
-    sums_.frame = reverse_ ? Frame<T>{frame.other, frame.lead} : frame;
+    sums_.frame = student_leads_ ? Frame<T>{frame.other, frame.lead} : frame;
   }
 
   // One chunk of the student's logits, in order; none where the classes kept were gathered.
@@ -68,9 +69,12 @@ class SoftTerm {
     }
     read_again();
     if (!valid_) return kNaN<T>;
+    if (has_gradient()) find_top();
     if (columns_.leaves_out_label()) return finish_decoupled();
     if (!(sums_.lead > 0) || !(sums_.other > 0)) return kNaN<T>;
-    return divergence();
+    const T value = divergence();
+    if (has_gradient()) refine();
+    return value;
   }
 
   // Of the label against all other classes, unweighted; NaN where `finish` is.
@@ -86,12 +90,30 @@ class SoftTerm {
   const int32_t* classes() const { return columns_.classes(); }
 
   // The student's own exponentials, for a hard term that shares them.
-  double student_sum() const { return reverse_ ? sums_.lead : sums_.other; }
-  T student_frame() const { return reverse_ ? sums_.frame.lead : sums_.frame.other; }
+  double student_sum() const { return student_leads_ ? sums_.lead : sums_.other; }
+  T student_frame() const { return student_leads_ ? sums_.frame.lead : sums_.frame.other; }
+  // The student's probability of one column, and of all others, which is 1 less that to its own
+  // precision. What is kept of the column is lost then.
+  double share(int64_t column) const {
+    const double e = work_.a()[column] + (student_leads_ ? T(0) : work_.b()[column]);
+    return student_scale(column / kChunk) * e;
+  }
+  double share_besides(int64_t column) {
+    work_.a()[column] = work_.b()[column] = 0;
+    double sum = 0;
+    for (int64_t begin = 0, index = 0; begin < columns(); begin += kChunk, ++index) {
+      const int64_t n = std::min(kChunk, columns() - begin);
+      double chunk = sum_of_columns(work_.a() + begin, n);
+      if (!student_leads_) chunk += sum_of_columns(work_.b() + begin, n);
+      sum += student_scale(index) * chunk;
+    }
+    return sum;
+  }
 
-  // Forward: q - p = scale.other (a + b) - scale.lead a. Reverse: q (ln(q/p) - D) with
-  // ln(q/p) = x + shift + log_ratio. Mixture: (1 - beta) q (ln(q/m) - KL(q || m)). All times the
-  // weight, and `hard_weight` times q besides.
+  // Forward: q - p = scale.other (a + b) - scale.lead a. Reverse: q (x - mean x) with x less what
+  // the frames are apart. Mixture: (1 - beta) q (ln(q/m) - KL(q || m)); where it was read again as
+  // the reverse divergence is, (1 - beta) times that. All times the weight, and `hard_weight` times
+  // q besides.
   Factors factors(int64_t index, double hard_weight) const {
     if (!has_gradient()) return {};
     if (matches_logits()) {
@@ -103,18 +125,18 @@ class SoftTerm {
     const Frame<T> frame = work_.soft_frames()[index];
     const Scales scale = scales(frame);
     double a = 0, b = 0;
-    if (mixed_) {
+    if (mixed_ && !refined_) {
       b = (1 - beta_) * weight;
       a = -b * from_student_ + hard_weight;
-    } else if (!reverse_) {
+    } else if (!student_leads_) {
       const double hard = hard_weight * scale.other;
       a = weight * (scale.other - scale.lead) + hard;
       b = weight * scale.other + hard;
     } else if (scale.lead > 0) {
       const double shift = (double{frame.lead} - sums_.frame.lead) * inverse_.lead -
                            (double{frame.other} - sums_.frame.other) * inverse_.other;
-      b = weight * scale.lead;
-      a = b * (shift + log_ratio_ - divergence_) + hard_weight * scale.lead;
+      b = (mixed_ ? 1 - beta_ : 1) * weight * scale.lead;
+      a = b * (shift - sums_.cross / sums_.lead) + hard_weight * scale.lead;
     }
     return {static_cast<T>(a), static_cast<T>(b)};
   }
@@ -184,22 +206,109 @@ class SoftTerm {
     }
   }
 
+  // Few chunks, mostly none, have a class that may be so large a part of the lead.
+  void find_top() {
+    // What is rounded of its gradient is eps times its share s, twice, twice beside all that others
+    // have; that is at least (1 - s) / sqrt(columns). In every frame x is as large as ln 4, about.
+    const double eps = std::numeric_limits<T>::epsilon();
+    const double odds = 1e-5 / (4 * eps * std::sqrt(static_cast<double>(columns())));
+    const double least = odds / (1 + odds) * sums_.lead;
+    const double log_least = std::log2(least);
+    double top = least;
+    for (int64_t begin = 0, index = 0; begin < columns(); begin += kChunk, ++index) {
+      const double shift = (double{work_.soft_frames()[index].lead} - sums_.frame.lead) *
+                           inverse_.lead * kLog2E<double>;
+      if (!(shift + work_.soft_tops()[index] > log_least)) continue;
+      const int64_t n = columns_.load(begin, std::min(kChunk, columns() - begin)).n;
+      const T* e = work_.a() + begin;
+      const T max = maximum(e, n);
+      if (!(max * std::exp2(shift) > top)) continue;
+      top = max * std::exp2(shift);
+      top_ = std::find(e, e + n, max) - work_.a();
+    }
+    if (top_ >= 0) top_kept_ = {work_.a()[top_], work_.b()[top_]};
+  }
+
+  // The row once more, where the gradient of a class that is all but 1, or of all classes, is a
+  // difference of what nearly agrees; in that class's frame, in which its x and with it all that
+  // would cancel is exactly 0.
+  void refine() {
+    if (!(divergence_ < kInf<double>)) return;
+    Frame<T> frame = sums_.frame;
+    bool wanted = false;
+    if (top_ >= 0) {
+      if (mixed_) top_kept_ = {work_.a()[top_], work_.b()[top_]};
+      const Factors f = factors(top_ / kChunk, 0);
+      // Of a gradient that is larger than that the roundings are small beside itself.
+      const T a = f.a * top_kept_.a, b = f.b * top_kept_.b, least = std::fabs(f.b * top_kept_.a);
+      wanted = std::fabs(a + b) * 4 < std::fmax(std::fabs(a) + std::fabs(b), least);
+      const int64_t begin = top_ / kChunk * kChunk;
+      const Chunk chunk = columns_.load(begin, std::min(kChunk, columns() - begin));
+      const T student = chunk.student[top_ - begin], teacher = chunk.teacher[top_ - begin];
+      frame = student_leads_ ? Frame<T>{student, teacher} : Frame<T>{teacher, student};
+      wanted &= std::isfinite(frame.lead) && std::isfinite(frame.other);
+    }
+    const double limit = -std::log1p(-beta_);  // of ln(q / m), where p is nothing
+    if (mixed_ && !wanted && (limit - from_student_) * 4 < limit) {
+      // No class's frame, but that of all of them in the mean.
+      const double mean = std::fmin(sums_.cross / sums_.lead, 60 - log_ratio_);
+      frame = sums_.frame;
+      frame.other -= static_cast<T>(mean / inverse_.other);
+      wanted = std::isfinite(frame.other);
+    }
+    if (!wanted) return;
+    // ln(p / q) of a class at these frames.
+    const double log_odds = (double{frame.other} - sums_.frame.other) * inverse_.other -
+                            (double{frame.lead} - sums_.frame.lead) * inverse_.lead - log_ratio_;
+    if (mixed_) keep_ = Keep::kReverse;
+    sums_ = {.frame = frame};
+    refined_ = true;
+    read_columns(true);
+    if (columns_.leaves_out_label()) columns_.put_label_back();
+    if (!student_leads_) {
+      const double ratio = sums_.difference / sums_.lead;
+      if (std::fabs(ratio) < 0.5) sums_.other = sums_.lead * (1 + ratio);
+    }
+    if (!mixed_) return;
+    const double odds = beta_ / (1 - beta_) * std::exp(log_odds);
+    const double share = odds < kInf<double> ? odds / (1 + odds) : 1;
+    sums_.cross = 0;
+    for (int64_t begin = 0; begin < columns(); begin += kChunk) {
+      sums_.cross +=
+          beside_class(work_.a() + begin, work_.b() + begin, std::min(kChunk, columns() - begin),
+                       static_cast<T>(share), static_cast<T>(1 / (1 + odds)));
+    }
+  }
+
+  double student_scale(int64_t index) const {
+    if (mixed_ && !refined_) return 1;
+    const Scales scale = scales(work_.soft_frames()[index]);
+    return student_leads_ ? scale.lead : scale.other;
+  }
+
   Frame<T> frame_of(const Chunk& chunk) const {
     const T student = maximum(chunk.student, chunk.n), teacher = maximum(chunk.teacher, chunk.n);
-    return reverse_ ? Frame<T>{student, teacher} : Frame<T>{teacher, student};
+    return student_leads_ ? Frame<T>{student, teacher} : Frame<T>{teacher, student};
   }
 
   // The sums of one chunk in the row's frame, its exponentials to the buffers.
   Sums<T> read_chunk(Chunk chunk, int64_t begin) {
+    Sums<T> sums = exponentials_of(chunk, begin);
+    work_.soft_tops()[begin / kChunk] = sums.top;
+    return sums;
+  }
+  Sums<T> exponentials_of(Chunk chunk, int64_t begin) {
     Sums<T> sums;
     guarded_ |= !std::isfinite(sums_.frame.lead) || !std::isfinite(sums_.frame.other);
     if (!guarded_) {
       sums = run_exponentials(chunk, begin);
-      if (sums.too_high && !columns_.masked() && outgrown(frame_of(chunk))) {
+      if (sums.too_high && !refined_ && !columns_.masked() && outgrown(frame_of(chunk))) {
         sums = run_exponentials(chunk, begin);
       }
-      guarded_ =
-          sums.too_high || !std::isfinite(sums.excess) || !std::isfinite(sums.lead + sums.other);
+      // Read once more, only what is kept and the lead's own sums are wanted.
+      guarded_ = refined_ ? !std::isfinite(sums.lead + sums.cross)
+                          : sums.too_high || !std::isfinite(sums.excess) ||
+                                !std::isfinite(sums.lead + sums.other);
       if (sums.probe != 0) valid_ &= !has_nan(chunk.student, chunk.n);
     }
     if (guarded_) {
@@ -209,7 +318,7 @@ class SoftTerm {
         mask(chunk.student, chunk.teacher, chunk.n, columns_.threshold(), student, teacher);
         chunk = {student, teacher, chunk.n};
       }
-      outgrown(frame_of(chunk));
+      if (!refined_) outgrown(frame_of(chunk));
       sums = run_guarded(chunk, begin);
     }
     return sums;
@@ -248,8 +357,9 @@ class SoftTerm {
     };
     switch (keep_) {
       case Keep::kForward:
-      case Keep::kMixture:
         return pick.template operator()<Keep::kForward, true>();
+      case Keep::kMixture:
+        return pick.template operator()<Keep::kForward, false>();
       case Keep::kReverse:
         return pick.template operator()<Keep::kReverse, false>();
       default:
@@ -259,8 +369,8 @@ class SoftTerm {
   }
 
   Sums<T> run_guarded(const Chunk& chunk, int64_t begin) {
-    const T* lead = reverse_ ? chunk.student : chunk.teacher;
-    const T* other = reverse_ ? chunk.teacher : chunk.student;
+    const T* lead = student_leads_ ? chunk.student : chunk.teacher;
+    const T* other = student_leads_ ? chunk.teacher : chunk.student;
     const int64_t n = chunk.n;
     Frame<T> frame = sums_.frame;  // a side without a finite logit so far: any frame serves
     if (frame.lead == -kInf<T>) frame.lead = 0;
@@ -300,8 +410,8 @@ class SoftTerm {
         const Scales scale = scales(work_.soft_frames()[index]);
         const Mixture<T> chunk =
             mixture(work_.a() + begin, work_.b() + begin, n, static_cast<T>(beta_),
-                    static_cast<T>(scale.other), static_cast<T>(scale.lead),
-                    static_cast<T>(scale.other - scale.lead));
+                    static_cast<T>(scale.lead), static_cast<T>(scale.other),
+                    static_cast<T>(scale.lead - scale.other));
         total.from_teacher += chunk.from_teacher;
         total.from_student += chunk.from_student;
       }
@@ -334,6 +444,7 @@ class SoftTerm {
         double{columns_.label_teacher()} * inverse_.lead - (sums_.lead == 0 ? -kInf<double> : lead),
         double{columns_.label_student()} * inverse_.other -
             (sums_.other == 0 ? -kInf<double> : other));
+    if (!empty_ && has_gradient()) refine();
     return std::isnan(target_.divergence) ? kNaN<T> : among_others;
   }
 
@@ -354,10 +465,14 @@ class SoftTerm {
   const T weight_, target_weight_, student_inverse_;
   const bool reverse_, mixed_;
   const double beta_;
+  const bool student_leads_;  // else the teacher
   Temperatures<T> inverse_;
   Keep keep_;
   bool guarded_ = false;  // an infinity was met in this row
   bool valid_ = true;     // no NaN so far
+  bool refined_ = false;  // read for the last time
+  int64_t top_ = -1;      // the column of a class that may be most of the lead; -1: none
+  Factors top_kept_;      // of it
   RowSums<T> sums_;
   double log_ratio_ = 0;     // ln(Z_other / Z_lead) in the row's frame
   double divergence_ = 0;    // unweighted

@@ -41,21 +41,30 @@ class Tail {
   // What turns a softmax over the other classes into one over all; 1 where there are no more.
   double others() const { return others_; }
 
+  // 1 less the probability of one of the other classes, from the same among them alone.
+  double besides(double among_others) const {
+    return others_ == 0 ? 1 : others_ * among_others + own_;
+  }
+
   // The gradient. `lost`: it is NaN.
   template <class Out>
-  void write(Out* out, T weight, int64_t label, bool lost) const {
+  void write(Out* out, T weight, int64_t label, bool lost) {
     const int64_t n = student_.width - vocab_;
     if (weight == 0 || lost) {
       std::fill(out + vocab_, out + vocab_ + n, store<Out>(weight == 0 ? T(0) : kNaN<T>));
       return;
     }
     for (int64_t begin = 0, index = 0; begin < n; begin += kChunk, ++index) {
-      const int64_t count = std::min(kChunk, n - begin), i = label - vocab_ - begin;
+      const int64_t count = std::min(kChunk, n - begin);
       const T* h = work_.h() + vocab_ + begin;
       const T factor = own_ > 0 ? static_cast<T>(weight * own_ * sum_.scale(index)) : T(0);
       combine<false, true>(h, h, h, count, T(0), T(0), factor, out + vocab_ + begin);
-      if (i >= 0 && i < count) out[label] = store<Out>(factor * h[i] - weight);
     }
+    const int64_t column = label - vocab_;
+    if (column < 0) return;
+    double besides = own_ > 0 ? 1 - sum_.share(column) : 1;
+    if (besides < 0.5) besides = sum_.share_besides(&column, 1, n);
+    out[label] = store<Out>(static_cast<T>(weight * -(others_ + own_ * besides)));
   }
 
  private:

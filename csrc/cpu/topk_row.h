@@ -134,11 +134,23 @@ class TopkRow {
       const CategorySums sums = divergence_of<false>(categories_, n);
       return std::fmax(sums.divergence, 0.0);
     }
-    const double log_q = others_.lse();  // q is over all classes
+    double log_q = others_.lse();  // q is over all classes
     if (!(log_q > -kInf<double>)) return kNaN<double>;
+    double mass = 0, besides = -1;
+    for (int64_t i = 0; i < n; ++i) mass += exp_terms(categories_.log_q[i] - log_q).exp;
+    if (mass > 0.5) {
+      // The sum has been rounded where these classes are, to which p may be near: in double then.
+      const double scaled = double{others_.frame()} * student_inverse_;
+      const double outside = others_.sum() * others_.share_besides(ids_, count_, vocab_);
+      double sum = outside;
+      for (int64_t i = 0; i < n; ++i) sum += exp_terms(categories_.log_q[i] - scaled).exp;
+      others_.set_sum(sum);
+      log_q = others_.lse();
+      besides = outside / sum;
+    }
     for (int64_t i = 0; i < n; ++i) categories_.log_q[i] -= log_q;
     const CategorySums sums = divergence_of<true>(categories_, n);
-    return std::fmax(sums.divergence + (1 - sums.mass), 0.0);
+    return std::fmax(sums.divergence + (besides < 0 ? 1 - sums.mass : besides), 0.0);
   }
 
   // Of the hard term's exponentials of a chunk; where all of them are 0, of no scale.
@@ -171,11 +183,17 @@ class TopkRow {
     }
     // In double as far as the store: what at the label nearly cancels, and what a class that is
     // named gets, of which nothing is in the buffers that has not been rounded.
+    const bool at_label = hard && label() < vocab_;
+    double besides_label = at_label ? 1 - hard_.share(label()) : 0;
+    if (at_label && besides_label < 0.5) {  // else the roundings of q are small beside it
+      besides_label = hard_.share_besides(call_.labels + row_, 1, vocab_);
+    }
+    besides_label = tail_.besides(besides_label);
     const auto of_hard = [&](int64_t column) {
-      const double share = hard_scale(column / kChunk) * work_.h()[column];
-      return hard_weight_ * (column == label() ? share - 1 : share);
+      return hard_weight_ *
+             (column == label() ? -besides_label : hard_scale(column / kChunk) * work_.h()[column]);
     };
-    if (hard && label() < vocab_) {
+    if (at_label) {
       const int64_t column = label();
       const double of_others =
           own ? shared * others_.scale(column / kChunk) * work_.a()[column] : 0;

@@ -13,6 +13,7 @@ struct Workspace {
         chunks((vocab_size + kChunk - 1) / kChunk),
         memory(new T[6 * stride + 6 * kChunk]),
         frames(new Frame<T>[2 * chunks + 1]),
+        tops(new T[chunks]),
         columns(new int32_t[stride]) {}
 
   T* a() { return memory.get(); }
@@ -24,6 +25,7 @@ struct Workspace {
   T* scratch(int k) { return kept_teacher() + stride + k * kChunk; }
   Frame<T>* soft_frames() { return frames.get(); }
   Frame<T>* hard_frames() { return frames.get() + chunks; }
+  T* soft_tops() { return tops.get(); }  // of each chunk, Sums::top
   int32_t* kept_columns() { return columns.get(); }
   double* doubles(size_t n) {
     if (few.size() < n) few.resize(n);
@@ -33,6 +35,7 @@ struct Workspace {
   int64_t vocab_size, stride, chunks;
   std::unique_ptr<T[]> memory;  // not touched, not resident: few rows need all of it
   std::unique_ptr<Frame<T>[]> frames;
+  std::unique_ptr<T[]> tops;
   std::unique_ptr<int32_t[]> columns;
   std::vector<double> few;  // as many as a row's sparse teacher needs
 };

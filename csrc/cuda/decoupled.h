@@ -10,6 +10,8 @@ struct Binary {
   float delta = 0;       // q - p
 };
 
+constexpr float kInfinite = __builtin_huge_valf();
+
 __device__ inline float logistic(float x) { return 1 / (1 + expf(-x)); }
 __device__ inline float log_logistic(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
@@ -25,7 +27,6 @@ __device__ inline float near_divergence(float a, float b, float gap) {
 // p ln(p / q) and the like, which lose nothing far apart.
 __device__ inline float far_divergence(float a, float b) {
   const auto share = [](float log_mass, float log_ratio) {
-    constexpr float kInfinite = __builtin_huge_valf();
     return log_mass == -kInfinite   ? 0.0f
            : log_ratio == kInfinite ? kInfinite
                                     : expf(log_mass) * log_ratio;
@@ -34,13 +35,14 @@ __device__ inline float far_divergence(float a, float b) {
   return share(log_p, log_p - log_logistic(b)) + share(log_rest, log_rest - log_logistic(-b));
 }
 
-// p and q are the logistic functions of the odds; no digit is lost where either is near 0 or 1, nor
-// where the two agree.
-__device__ inline Binary binary_divergence(float teacher_odds, float student_odds) {
+// p and q are the logistic functions of the odds, which are `gap` apart; no digit is lost where
+// either is near 0 or 1, nor where the two agree.
+__device__ inline Binary binary_divergence(float teacher_odds, float student_odds, float gap) {
   const float a = teacher_odds, b = student_odds;
   if (a != a || b != b) return {a + b, a + b};
-  if (a == b) return {};  // perhaps both infinite
-  const float gap = b - a, minus_one = expm1f(-fabsf(gap));
+  if (gap == 0 || (a == b && fabsf(a) == kInfinite)) return {};
+  if (fabsf(a) == kInfinite || fabsf(b) == kInfinite) gap = b - a;
+  const float minus_one = expm1f(-fabsf(gap));
   Binary result;
   result.delta =
       gap > 0 ? -logistic(b) * logistic(-a) * minus_one : logistic(a) * logistic(-b) * minus_one;

@@ -50,7 +50,8 @@ class LogitMatch : RereadSlice<Exchange> {
     if (is(Mode::kReverse)) from_student_ = fmaf(inverse_, soft, rest_);
     float hard = 0;
     if (row_.has_hard()) {
-      hard = second.hard > 0 ? logf(second.hard) + (hard_frame_ - second.label) : kNaN;
+      const float sum = this->hard_sum(second);
+      hard = sum > 0 ? logf(sum) + (hard_frame_ - second.label) : kNaN;
     }
     // The weight has a T^2 that all above includes.
     const float scale = inverse_ > 0 ? inverse_ : 1;
@@ -61,9 +62,9 @@ class LogitMatch : RereadSlice<Exchange> {
       row_.fill_slice(kNaN);
     } else {
       write_gradient(row_.soft_weight() * scale * scale * curvature() / count,
-                     row_.hard_weight() / second.hard);
+                     row_.hard_weight() / this->hard_sum(second));
     }
-    this->write_tail(second.hard);
+    this->write_tail(this->hard_sum(second));
     return true;
   }
 
@@ -186,7 +187,7 @@ class LogitMatch : RereadSlice<Exchange> {
   __device__ Sums sum_centred() {
     float sum = 0, divergences = 0, from_student = 0, hard = 0;
     each_step([&](int step, float* student, float* teacher) {
-      if (row_.has_hard()) hard += this->sum_hard(student);
+      if (row_.has_hard()) hard += this->sum_hard(step, student);
       take_part(step, student, teacher);
       float few = 0, few_divergences = 0, few_from_student = 0;
 #pragma unroll
@@ -208,13 +209,14 @@ class LogitMatch : RereadSlice<Exchange> {
     sums.cross = warp_sum(from_student);
     sums.hard = warp_sum(hard + this->sum_tail());
     sums.label = row_.student_label();
-    return row_.total(sums, [](Sums&) {});
+    return row_.total(
+        sums, [&](Sums& sums) { row_.set_hard_at_label(sums.hard / this->hard_sum(sums)); });
   }
 
   __device__ void write_gradient(float weight, float hard) {
     each_step([&](int step, float* student, float* teacher) {
       float values[kPerLane] = {};
-      if (row_.hard_weight() != 0) this->add_hard(student, hard, values);
+      if (row_.hard_weight() != 0) this->add_hard(step, student, hard, values);
       if (row_.soft_weight() != 0) {
         take_part(step, student, teacher);
 #pragma unroll

@@ -10,7 +10,8 @@ class Registers : Slice<Exchange, true> {
  public:
   __device__ explicit Registers(Row<Exchange>& row) : Slice<Exchange, true>(row) {}
 
-  // False where the row has to be read again: infinities, or sums that cancel.
+  // False where the row has to be read again: infinities, sums that cancel, or a gradient that
+  // does.
   __device__ bool run() {
     this->load([] {});
     if (own_hard()) sum_hard();
@@ -22,7 +23,10 @@ class Registers : Slice<Exchange, true> {
     sums_.label = row_.student_label();
     sums_.label_teacher = row_.teacher_label();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
-      if (kMode != Mode::kMixture && row_.has_soft()) row_.shared.divergence = divergence(sums);
+      if (kMode != Mode::kMixture && row_.has_soft()) {
+        row_.shared.divergence = divergence(sums);
+        if (cancels(sums)) row_.shared.divergence.exact = false;
+      }
       if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
     });
     const float label = total.label;
@@ -30,7 +34,8 @@ class Registers : Slice<Exchange, true> {
     Divergence soft{0, 0, 0, true};
     if (row_.has_soft()) {
       if constexpr (kMode == Mode::kMixture) {
-        soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf;
+        soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf &&
+                     !(has_soft_gradient() && is_sure(sums.other, row_.vocab()));
       } else {
         soft = row_.shared.divergence;
       }
@@ -44,6 +49,7 @@ class Registers : Slice<Exchange, true> {
     } else if (row_.has_hard()) {
       hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label, 1);
     }
+    if (row_.wants_gradient() && row_.hard_weight() != 0 && hard < kSureLabel) return false;
     const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
     const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
     float from_student = 0;
@@ -52,6 +58,10 @@ class Registers : Slice<Exchange, true> {
       from_student = mixed.other;
       const float beta = row_.beta();
       soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
+      const float limit = -log1pf(-beta);  // of ln(q / m), where p is nothing
+      const bool apart = (limit - from_student) * 4 < limit;
+      const bool near = soft.value < kNear * beta * (1 - beta);
+      if (has_soft_gradient() && (apart || near)) return false;
     }
     row_.write_terms(soft.value, hard);
     if (!row_.wants_gradient()) return true;
@@ -76,6 +86,16 @@ class Registers : Slice<Exchange, true> {
   using Base = Slice<Exchange, true>;
   using Base::each, Base::each_in_turn, Base::kVectors, Base::last, Base::maximum, Base::rotate;
   using Base::row_, Base::step, Base::student_, Base::teacher_;
+
+  __device__ bool has_soft_gradient() const {
+    return row_.wants_gradient() && row_.soft_weight() != 0;
+  }
+  // By one thread: what is rounded of p and q would show in their difference.
+  __device__ bool cancels(const Sums& sums) const {
+    const bool sure =
+        is_sure(sums.lead, row_.vocab()) && (kReverse || is_sure(sums.other, row_.vocab()));
+    return has_soft_gradient() && (sure || row_.shared.divergence.value < kNear);
+  }
 
   __device__ bool own_hard() const { return row_.has_hard() && row_.power() == 0; }
   __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
@@ -147,9 +167,13 @@ class Registers : Slice<Exchange, true> {
   __device__ void set_target(const Sums& sums) {
     const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;
     const float student = fmaf(sums.label, student_scale(), -sums.other_frame) * kLn2;
-    row_.set_target(teacher - logf(sums.lead), student - logf(sums.other), sums.label > -kInf);
+    const float teacher_odds = teacher - logf(sums.lead), odds = student - logf(sums.other);
+    const float gap = odds - teacher_odds;
+    row_.set_target(teacher_odds, odds, gap, sums.label > -kInf);
     const float target = row_.shared.target.divergence;
-    if (target != target) row_.shared.divergence.exact = false;
+    // The odds may be of the size of 16, and are rounded there.
+    const bool near = fabsf(gap) < 0.25f && row_.wants_gradient() && row_.target_weight() != 0;
+    if (target != target || near) row_.shared.divergence.exact = false;
   }
 
   __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
@@ -237,9 +261,9 @@ class Registers : Slice<Exchange, true> {
       for (int j = 0; j < kPerLane; ++j) {
         const float p = __fmul_rn(per_p, teacher_[i][j]), q = __fmul_rn(per_q, student_[i][j]);
         const float m = beta * p + (1 - beta) * q;
-        const float y = __fdividef(q - p, fmaxf(m, 0x1p-126f));
-        const LogTerms log_q = log_terms(beta * y);
-        from_teacher += m * log_terms((beta - 1) * y).excess;
+        const float per_m = __fdividef(1.0f, fmaxf(m, 0x1p-126f)), y = (q - p) * per_m;
+        const LogTerms log_q = log_terms(beta * y, q * per_m);
+        from_teacher += m * log_terms((beta - 1) * y, p * per_m).excess;
         from_student += m * log_q.excess;
         student_[i][j] = q;
         teacher_[i][j] = q * log_q.log;
@@ -355,6 +379,7 @@ class Registers : Slice<Exchange, true> {
   }
 
   static constexpr float kHuge = 3e38f;
+  static constexpr float kSureLabel = 0.28f;  // of the hard term: q > 3/4 there
 
   Sums sums_;  // of this warp
   Combination forward_;

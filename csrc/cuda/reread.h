@@ -19,45 +19,48 @@ class Reread : RereadSlice<Exchange> {
     find_maxima();
     Divergence soft{0, 0, 0, true};
     Sums sums = sum(soft);
-    if (row_.has_soft() && kMode != Mode::kMixture && !soft.exact && sums.lead > 0 &&
-        sums.other > 0 && soft.log_ratio < kInf && soft.log_ratio > -kInf) {
-      // Once more, with the two sides alike: nothing of what is summed then cancels.
-      other_frame() += soft.log_ratio;
+    if (row_.has_soft() && sums.lead > 0 && sums.other > 0 && soft.log_ratio < kInf &&
+        soft.log_ratio > -kInf && place_frames(sums, soft)) {
       sums = sum(soft);
     }
-    const float student_sum = kReverse ? sums.lead : sums.other;
-    const float teacher_sum = kReverse ? sums.other : sums.lead;
+    const float teacher_sum = kStudentLeads ? sums.other : sums.lead;
     const bool mass = sums.lead > 0 && sums.other > 0;  // and no NaN
-    per_q_ = 1 / student_sum;
-    per_p_ = 1 / teacher_sum;
+    per_lead_ = 1 / sums.lead;
+    per_other_ = 1 / sums.other;
+    mean_ = sums.cross / sums.lead;
     // Without the label a side may have no class that has mass: nothing to match, or no way to.
     const bool empty = row_.decoupled() && (sums.lead == 0 || sums.other == 0);
     if (empty) {
-      if (student_sum == 0) per_q_ = 0;
-      if (teacher_sum == 0) per_p_ = 0;
+      if (sums.lead == 0) per_lead_ = 0;
+      if (sums.other == 0) per_other_ = 0;
     }
-    float value = soft.value, from_student = 0;
+    const bool alike = fabsf(soft.ratio) < 0.5f;
+    difference_ =
+        Combination(per_other_, per_lead_,
+                    alike ? -per_lead_ * soft.ratio / (1 + soft.ratio) : per_other_ - per_lead_);
+    float value = soft.value;
     if (!row_.has_soft()) {
       value = 0;
     } else if (row_.decoupled() && is_nan(row_.shared.target.divergence)) {
       value = kNaN;
     } else if (empty && !is_nan(sums.lead) && !is_nan(sums.other)) {
-      value = sums.lead == 0 ? 0 : kInf;
+      value = teacher_sum == 0 ? 0 : kInf;
     } else if (!mass) {
       value = kNaN;
     } else if (kMode == Mode::kMixture) {
+      const float odds = beta_ * (sums.lead / sums.other);
+      share_ = odds < kInf ? odds / (odds + (1 - beta_)) : 1;
+      rest_ = (1 - beta_) / (odds + (1 - beta_));
       const Sums mixed = mix();
-      from_student = mixed.other;
+      mean_ = mixed.cross;
       value = beta_ * mixed.lead + (1 - beta_) * mixed.other;
     } else if (sums.forbidden > 0) {
       value = kInf;
     }
     float hard = 0;
     if (row_.has_hard()) {
-      // The frame of the shared exponentials is in natural units, and T is 1.
-      const float sum = shares() ? student_sum : sums.hard;
-      const float frame = shares() ? student_frame_ : hard_frame_;
-      hard = sum > 0 ? logf(sum) + (frame - sums.label) : kNaN;
+      const float sum = this->hard_sum(sums);
+      hard = sum > 0 ? logf(sum) + (hard_frame_ - sums.label) : kNaN;
     }
     if (is_nan(value) && threadIdx.x == 0) row_.shared.target.divergence = kNaN;
     row_.write_terms(value, hard);
@@ -65,19 +68,23 @@ class Reread : RereadSlice<Exchange> {
     if (row_.template is_lost<kMode>(value, hard)) {
       row_.fill_slice(kNaN);
     } else {
-      write_gradient(soft, empty, from_student, row_.hard_weight() / sums.hard);
+      write_gradient(empty, row_.hard_weight() / this->hard_sum(sums));
     }
-    this->write_tail(sums.hard);
+    this->write_tail(this->hard_sum(sums));
   }
 
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
+  static constexpr bool kStudentLeads = kMode != Mode::kForward;
   using Base = RereadSlice<Exchange>;
   using Base::each_step, Base::exponential, Base::hard_frame_, Base::row_, Base::take_part;
 
-  __device__ bool shares() const { return row_.power() == 1; }
-  __device__ bool own_hard() const { return row_.has_hard() && !shares(); }
-  __device__ float& other_frame() { return kReverse ? teacher_frame_ : student_frame_; }
+  __device__ float lead_inverse() const {
+    return kStudentLeads ? student_inverse_ : teacher_inverse_;
+  }
+  __device__ float other_inverse() const {
+    return kStudentLeads ? teacher_inverse_ : student_inverse_;
+  }
 
   __device__ static bool is_nan(float x) { return x != x; }
 
@@ -89,9 +96,10 @@ class Reread : RereadSlice<Exchange> {
     });
   }
 
-  // Of the logits as they are stored, then times 1 / T: what all exponentials are relative to.
+  // Of the logits as they are stored, what all exponentials are relative to; and what the other
+  // side has where the lead has its maximum.
   __device__ void find_maxima() {
-    float student_max = -kInf, teacher_max = -kInf, hard_max = -kInf;
+    float lead_max = -kInf, other_max = -kInf, hard_max = -kInf, beside = -kInf;
     bool nan = false;
     each_step([&](int step, float* student, float* teacher) {
 #pragma unroll
@@ -103,42 +111,73 @@ class Reread : RereadSlice<Exchange> {
       take_part(step, student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        student_max = fmaxf(student_max, student[j]);
-        teacher_max = fmaxf(teacher_max, teacher[j]);
+        const float lead = kStudentLeads ? student[j] : teacher[j];
+        const float other = kStudentLeads ? teacher[j] : student[j];
+        beside = lead > lead_max ? other : beside;
+        lead_max = fmaxf(lead_max, lead);
+        other_max = fmaxf(other_max, other);
       }
     });
     if (nan) poison_ = kNaN;
     this->find_maximum_of_tail(hard_max);
     Sums sums;
-    sums.lead_frame = warp_max(student_max);
-    sums.other_frame = warp_max(teacher_max);
+    sums.lead_frame = warp_max(lead_max);
+    sums.other_frame = warp_max(other_max);
     sums.hard_frame = warp_max(hard_max);
     const Sums& total = row_.total(sums, [](Sums&) {});
-    const auto frame = [](float max, float inverse) { return max > -kInf ? max * inverse : 0.0f; };
-    student_frame_ = frame(total.lead_frame, student_inverse_);
-    teacher_frame_ = frame(total.other_frame, teacher_inverse_);
-    hard_frame_ = frame(total.hard_frame, 1);
+    const auto frame = [](float max) { return max > -kInf ? max : 0.0f; };
+    lead_frame_ = frame(total.lead_frame);
+    other_frame_ = frame(total.other_frame);
+    hard_frame_ = frame(total.hard_frame);
     __syncthreads();  // before the next sums come into the same place
+    sums.other_frame = sums.hard_frame = -kInf;
+    sums.lead_frame = warp_max(lead_max == lead_frame_ ? beside : -kInf);
+    beside_ = row_.total(sums, [](Sums&) {}).lead_frame;
+    __syncthreads();
+  }
+
+  // Whether the sums, in the frames of the maxima, are to be had once more: in such frames that
+  // nothing of what is summed cancels, nor of the gradient.
+  __device__ bool place_frames(const Sums& sums, const Divergence& soft) {
+    const float least = 1 / (1 + sure_besides(row_.vocab()));
+    const float beside = (beside_ - other_frame_) * other_inverse();
+    const float share = exponential(beside) / sums.other;  // of the other side, of that class
+    const bool sure = 1 / sums.lead > least && (kStudentLeads || share > least);
+    const bool wanted = sure || kMode == Mode::kMixture || !soft.exact || soft.value < kNear;
+    if (!wanted && !row_.decoupled()) return false;
+    constexpr float kLowest = -60.0f;  // so that no exponential overflows
+    if (sure && beside > kLowest) {
+      other_frame_ = beside_;  // that class's own frame: there its x is 0
+    } else if (kStudentLeads) {
+      // As much as ln(q / p) is in the mean.
+      shift_ = fmaxf(-sums.cross / sums.lead, fminf(soft.log_ratio, 0.0f) + kLowest);
+    } else {
+      shift_ = soft.log_ratio;  // the two sides alike
+    }
+    return true;
   }
 
   // The expectation is over a class that the other side excludes.
   __device__ static bool is_forbidden(float student, float teacher) {
     return kReverse ? teacher == -kInf && student > -kInf : student == -kInf && teacher > -kInf;
   }
+  // ln(e_lead / e_other), from the difference of the logits, which is exact where they nearly
+  // agree, unless that of the frames would cost more.
+  __device__ float log_ratio(float lead, float other, float y_lead, float y_other) const {
+    const float apart = lead_frame_ - other_frame_;
+    const bool direct = lead_inverse() == other_inverse() && fabsf(apart) * lead_inverse() < 8;
+    return direct ? fmaf(lead - other - apart, lead_inverse(), shift_) : y_lead - y_other;
+  }
+  __device__ float lead_exponent(float logit) const {
+    return (logit - lead_frame_) * lead_inverse();
+  }
+  __device__ float other_exponent(float logit) const {
+    return fmaf(logit - other_frame_, other_inverse(), -shift_);
+  }
   __device__ Pair pair(float student, float teacher) const {
-    const float l = kReverse ? student : teacher, o = kReverse ? teacher : student;
-    const float lead_frame = kReverse ? student_frame_ : teacher_frame_;
-    const float other_frame = kReverse ? teacher_frame_ : student_frame_;
-    const float lead_inverse = kReverse ? student_inverse_ : teacher_inverse_;
-    const float other_inverse = kReverse ? teacher_inverse_ : student_inverse_;
-    const float y_lead = fmaf(l, lead_inverse, -lead_frame);
-    const float y_other = fmaf(o, other_inverse, -other_frame);
-    // From the difference of the logits, which is exact where they nearly agree, unless that of
-    // the frames would cost more.
-    const bool direct = lead_inverse == other_inverse && fabsf(lead_frame - other_frame) < 8;
-    const float difference =
-        direct ? fmaf(l - o, lead_inverse, other_frame - lead_frame) : y_lead - y_other;
-    return pair_of(exponential(y_lead), exponential(y_other), difference);
+    const float l = kStudentLeads ? student : teacher, o = kStudentLeads ? teacher : student;
+    const float y_lead = lead_exponent(l), y_other = other_exponent(o);
+    return pair_of(exponential(y_lead), exponential(y_other), log_ratio(l, o, y_lead, y_other));
   }
 
   __device__ Sums sum(Divergence& soft) {
@@ -146,7 +185,7 @@ class Reread : RereadSlice<Exchange> {
     sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
     sums.lead = poison_;
     each_step([&](int step, float* student, float* teacher) {
-      if (own_hard()) sums.hard += this->sum_hard(student);
+      if (row_.has_hard()) sums.hard += this->sum_hard(step, student);
       if (!row_.has_soft()) return;
       take_part(step, student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
@@ -170,6 +209,7 @@ class Reread : RereadSlice<Exchange> {
     const Sums total = row_.total(sums, [&](Sums& sums) {
       row_.shared.divergence = divergence(sums);
       if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
+      if (row_.has_hard()) row_.set_hard_at_label(sums.hard / this->hard_sum(sums));
     });
     soft = row_.shared.divergence;
     __syncthreads();
@@ -178,54 +218,57 @@ class Reread : RereadSlice<Exchange> {
 
   // ln 0 is -inf: all the odds are on the label where nothing is left of a side.
   __device__ void set_target(const Sums& sums) {
-    row_.set_target(fmaf(sums.label_teacher, teacher_inverse_, -teacher_frame_) - logf(sums.lead),
-                    fmaf(sums.label, student_inverse_, -student_frame_) - logf(sums.other),
-                    sums.label > -kInf);
+    const float teacher = lead_exponent(sums.label_teacher), student = other_exponent(sums.label);
+    const float gap = -log_ratio(sums.label_teacher, sums.label, teacher, student) -
+                      row_.shared.divergence.log_ratio;
+    row_.set_target(teacher - logf(sums.lead), student - logf(sums.other), gap, sums.label > -kInf);
   }
 
+  // q, and ln(q / m) less that of a class at the frames, by which nothing cancels where most of q
+  // is there, nor where ln(q / m) is all but its limit -ln(1 - beta).
   struct Mixed {
-    float q, log_q, from_teacher, from_student;  // log_q: ln(q / m)
+    float q, log_q, from_teacher, from_student;
   };
   __device__ Mixed mixed(float student, float teacher) const {
-    const float q =
-        __fmul_rn(per_q_, exponential(fmaf(student, student_inverse_, -student_frame_)));
-    const float p =
-        __fmul_rn(per_p_, exponential(fmaf(teacher, teacher_inverse_, -teacher_frame_)));
+    const Pair e = pair(student, teacher);
+    const float q = __fmul_rn(e.lead, per_lead_), p = __fmul_rn(e.other, per_other_);
     const float m = beta_ * p + (1 - beta_) * q;
-    const float y = __fdividef(q - p, fmaxf(m, 0x1p-126f));
-    const LogTerms from_q = log_terms(beta_ * y);
-    return {q, from_q.log, m * log_terms((beta_ - 1) * y).excess, m * from_q.excess};
+    const float per_m = 1 / fmaxf(m, 0x1p-126f);
+    const float y = -difference_(e.difference, e.other, e.lead) * per_m;
+    const float x = fminf(fmaxf(e.x, -80.0f), 200.0f);
+    const LogTerms log_q = log_terms(share_ * expm1f(-x), fmaf(share_, expf(-x), rest_));
+    return {q, -log_q.log, m * log_terms((beta_ - 1) * y, p * per_m).excess,
+            m * log_terms(beta_ * y, q * per_m).excess};
   }
 
   __device__ Sums mix() {
     Sums sums;
     sums.lead_frame = sums.other_frame = 0;
     each_pruned([&](int, float* student, float* teacher) {
-      float from_teacher = 0, from_student = 0;
+      float from_teacher = 0, from_student = 0, log_q = 0;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const Mixed m = mixed(student[j], teacher[j]);
         from_teacher += m.from_teacher;
         from_student += m.from_student;
+        log_q = fmaf(m.q, m.log_q, log_q);
       }
       sums.lead += from_teacher;
       sums.other += from_student;
+      sums.cross += log_q;
     });
     sums.lead = warp_sum(sums.lead);
     sums.other = warp_sum(sums.other);
+    sums.cross = warp_sum(sums.cross);
     return row_.total(sums, [](Sums&) {});
   }
 
-  __device__ void write_gradient(const Divergence& soft, bool empty, float from_student,
-                                 float hard) {
+  __device__ void write_gradient(bool empty, float hard) {
     const float weight = empty ? 0 : row_.soft_weight() * student_inverse_;
-    const float of_q = shares() ? row_.hard_weight() : row_.target_factor();  // besides
-    const bool alike = fabsf(soft.ratio) < 0.5f;
-    const Combination forward(per_q_, per_p_,
-                              alike ? -per_p_ * soft.ratio / (1 + soft.ratio) : per_q_ - per_p_);
+    const float of_q = row_.target_factor();  // besides
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
-      if (own_hard() && row_.hard_weight() != 0) this->add_hard(student, hard, gradient);
+      if (row_.hard_weight() != 0) this->add_hard(step, student, hard, gradient);
       if (weight != 0 || of_q != 0) {
         take_part(step, student, teacher);
 #pragma unroll
@@ -233,15 +276,14 @@ class Reread : RereadSlice<Exchange> {
           float q = 0, of_soft = 0;
           if constexpr (kMode == Mode::kMixture) {
             const Mixed m = mixed(student[j], teacher[j]);
-            q = m.q;
-            of_soft = (1 - beta_) * q * (m.log_q - from_student);
+            of_soft = (1 - beta_) * m.q * (m.log_q - mean_);
           } else {
             const Pair e = pair(student[j], teacher[j]);
-            q = __fmul_rn(kReverse ? e.lead : e.other, per_q_);
+            q = __fmul_rn(kReverse ? e.lead : e.other, kReverse ? per_lead_ : per_other_);
             // Where the student is at -inf nothing can change: 0, whatever p is there.
             const float difference =
-                student[j] > -kInf ? forward(e.difference, e.other, e.lead) : 0;
-            of_soft = kReverse ? q * (e.x + soft.log_ratio - soft.value) : difference;
+                student[j] > -kInf ? difference_(e.difference, e.other, e.lead) : 0;
+            of_soft = kReverse ? q * (e.x - mean_) : difference;
           }
           if (weight != 0) gradient[j] = fmaf(of_soft, weight, gradient[j]);
           if (of_q != 0) gradient[j] = fmaf(q, of_q, gradient[j]);
@@ -253,9 +295,14 @@ class Reread : RereadSlice<Exchange> {
   }
 
   const float student_inverse_, teacher_inverse_, beta_;
-  float student_frame_ = 0, teacher_frame_ = 0;  // in units of the logits times 1/T, as hard_frame_
-  float poison_ = 0;                             // NaN where a logit is, with pruning
-  float per_p_ = 0, per_q_ = 0;
+  // Of the logits as they are stored; the other side's exponents are lower by shift_ besides.
+  float lead_frame_ = 0, other_frame_ = 0, shift_ = 0;
+  float beside_ = 0;  // the other side's logit where the lead's is the largest
+  float poison_ = 0;  // NaN where a logit is, with pruning
+  float per_lead_ = 0, per_other_ = 0;
+  Combination difference_;      // other - lead, as probabilities
+  float mean_ = 0;              // of x, or of the mixture's log_q, under q
+  float share_ = 0, rest_ = 0;  // of p and of q in m, at the frames
 };
 
 }  // namespace fastkd::cuda

@@ -57,17 +57,31 @@ class RereadSlice {
 
   __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
 
-  __device__ float sum_hard(const float* student) const {
+  // Of all classes but the label, whose gradient is less theirs: softmax less 1 would lose what is
+  // small beside 1.
+  __device__ float sum_hard(int step, const float* student) const {
+    const int label = label_index(step);
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) sum += exponential(student[j] - hard_frame_);
+    for (int j = 0; j < kPerLane; ++j) {
+      sum += j == label ? 0.0f : exponential(student[j] - hard_frame_);
+    }
     return sum;
   }
-  __device__ void add_hard(const float* student, float factor, float* gradient) const {
+  // With the label.
+  __device__ float hard_sum(const Sums& sums) const {
+    return sums.hard + exponential(sums.label - hard_frame_);
+  }
+  __device__ void add_hard(int step, const float* student, float factor, float* gradient) const {
+    const int label = label_index(step);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      gradient[j] = fmaf(exponential(student[j] - hard_frame_), factor, gradient[j]);
+      const float e = j == label ? 0.0f : exponential(student[j] - hard_frame_);
+      gradient[j] = fmaf(e, factor, gradient[j]);
     }
+  }
+  __device__ int label_index(int step) const {
+    return row_.label() / kStep == step ? row_.student().index(step, row_.label()) : -1;
   }
 
   // The same over the tail.
@@ -77,12 +91,15 @@ class RereadSlice {
   __device__ float sum_tail() const {
     float sum = 0;
     if (row_.has_tail()) {
-      row_.each_of_tail([&](int, float logit) { sum += exponential(logit - hard_frame_); });
+      row_.each_of_tail([&](int column, float logit) {
+        sum += column == row_.label() ? 0.0f : exponential(logit - hard_frame_);
+      });
     }
     return sum;
   }
   __device__ void write_tail(float hard_sum) const {
-    row_.write_tail(1 / hard_sum, [&](float logit) { return exponential(logit - hard_frame_); });
+    row_.write_tail(1 / hard_sum, row_.at_label(),
+                    [&](float logit) { return exponential(logit - hard_frame_); });
   }
 
   __device__ float none() const { return row_.teacher_probs() ? 0.0f : -kInf; }

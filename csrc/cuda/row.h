@@ -105,6 +105,7 @@ struct TopkShared {
   float frame, sum;  // of the student's exponentials at T = 1 over all classes
   Combination gradient;
   float lead, other;  // the second sums
+  bool near;          // q is over all classes, most of it in those that the teacher names
 };
 
 struct RowShared {
@@ -113,7 +114,8 @@ struct RowShared {
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
-  Binary target;  // of a decoupled row
+  Binary target;          // of a decoupled row
+  float target_at_label;  // the gradient there
   TopkShared topk;
   SelectShared select;
 };
@@ -136,6 +138,7 @@ class Row {
   __device__ int longest() const { return fresh(a.longest); }
   __device__ int label() const { return fresh(a.label); }
   __device__ float beta() const { return fresh(a.beta); }
+  __device__ float at_label() const { return fresh(a.at_label); }
   __device__ int vocab() const { return fresh(a.vocab); }
   __device__ int keep() const { return fresh(a.keep); }
   __device__ bool has_soft() const { return fresh(a.has_soft); }
@@ -152,6 +155,7 @@ class Row {
   // The first row's arguments; by the whole CTA.
   __device__ void start() {
     if (threadIdx.x == 0) {
+      shared.target_at_label = 0;
       shared.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
       if constexpr (Exchange::kSeveralRows) {
         shared.ahead.row = shared.ahead.staged = -1;
@@ -273,12 +277,11 @@ class Row {
   }
   // The gradient there, of the hard term alone, whose softmax is factor * exponential(logit).
   template <class Exponential>
-  __device__ void write_tail(float factor, const Exponential& exponential) const {
+  __device__ void write_tail(float factor, float at_label, const Exponential& exponential) const {
     if (!has_tail() || hard_weight() == 0) return fill_beyond();
     each_of_tail([&](int column, float logit) {
       float values[kPerLane] = {};
-      values[0] = hard_weight() * factor * exponential(logit);
-      if (column == label()) values[0] -= hard_weight();
+      values[0] = column == label() ? at_label : hard_weight() * factor * exponential(logit);
       store_single(dstudent(), column, pack(dstudent().dtype, values).first.x);
     });
   }
@@ -309,12 +312,20 @@ class Row {
     return value < kInf ? log2_subnormal(value) : kNaN;
   }
 
-  // The label's term of a decoupled row, by one thread, from the log-odds of both sides.
-  __device__ void set_target(float teacher_odds, float student_odds, bool has_gradient) {
-    shared.target = binary_divergence(teacher_odds, student_odds);
+  // The label's term of a decoupled row, by one thread, from the log-odds of both sides, which are
+  // `gap` apart.
+  __device__ void set_target(float teacher_odds, float student_odds, float gap, bool has_gradient) {
+    shared.target = binary_divergence(teacher_odds, student_odds, gap);
     const float weight = has_gradient ? target_weight() : 0.0f;
     const float of_target = weight == 0 ? 0 : weight * student_inverse() * shared.target.delta;
     shared.arguments.at_label = of_target - hard_weight();
+    shared.target_at_label = of_target;
+  }
+  // The gradient at the label but for the soft term's, from what all other classes have of the hard
+  // one: that is 1 less the label's share to its own precision. By one thread, after set_target().
+  __device__ void set_hard_at_label(float besides) {
+    const float of_hard = hard_weight() == 0 ? 0 : hard_weight() * -besides;
+    shared.arguments.at_label = of_hard + shared.target_at_label;
   }
   // What q has besides in the gradient of every other class.
   __device__ float target_factor() const {
@@ -357,11 +368,11 @@ class Row {
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
   __device__ void add_label(int step, float* gradient) const {
-    if (fresh(a.at_label) == 0 || label() / kStep != step) return;
+    if (at_label() == 0 || label() / kStep != step) return;
     const int index = dstudent().index(step, label());
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (j == index) gradient[j] += fresh(a.at_label);
+      if (j == index) gradient[j] += at_label();
     }
   }
 

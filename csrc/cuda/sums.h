@@ -130,7 +130,9 @@ __device__ __forceinline__ Pair pair_of(float lead, float other, float x) {
   Pair p{lead, other, fminf(fmaxf(x, -3.4028234e38f), 3.4028234e38f)};  // also of a NaN, two -inf
   const bool near = fabsf(p.x) < 0.25f;
   const float phi = p.x * p.x * phi_series(p.x);
-  p.difference = near ? lead * (phi - p.x) : other - lead;
+  // From x, whose logits have been subtracted before they were scaled, while it is the more exact.
+  const float minus_one = near ? phi - p.x : expm1f(-p.x);
+  p.difference = fabsf(p.x) < 1 ? lead * minus_one : other - lead;
   p.excess = near ? lead * phi : fmaf(lead, p.x, p.difference);
   return p;
 }
@@ -152,6 +154,18 @@ __device__ __forceinline__ void sum_over_warp(Sums& sums) {
   sums.forbidden = warp_sum(sums.forbidden);
   sums.hard = warp_sum(sums.hard);
 }
+
+// Below that divergence ln(q / p) is so small, 0.1 about, that the roundings of p and q formed
+// apart would be 1e-5 of the gradient.
+constexpr float kNear = 0x1p-7f;
+
+// Of the sums in the frame of the maximum: whether a class may be so large a part of this side that
+// its gradient is lost in its own rounding. That is 2^-22 of its share s, twice; all others have
+// (1 - s) / sqrt(vocab) at least.
+__device__ inline float sure_besides(int vocab) {  // (1 - s) / s
+  return 0.048f * sqrtf(static_cast<float>(vocab));
+}
+__device__ inline bool is_sure(float sum, int vocab) { return sum < 1 + sure_besides(vocab); }
 
 struct Divergence {
   float value;      // unweighted; not of a mixture
@@ -193,12 +207,13 @@ __device__ inline Divergence divergence(Sums& sums) {
   return d;
 }
 
-// Of y >= -1: ln(1 + y), and (1 + y) ln(1 + y) - y >= 0 relative to its own size also where y is
-// small; ln 0 is taken as ln of the smallest normal number.
+// Of y >= -1 and r = 1 + y, to its own precision where y is near -1: ln r, and r ln r - y >= 0
+// relative to its own size also where y is small; ln 0 is taken as ln of the smallest normal
+// number.
 struct LogTerms {
   float log, excess;
 };
-__device__ __forceinline__ LogTerms log_terms(float y) {
+__device__ __forceinline__ LogTerms log_terms(float y, float r) {
   // ln(1 + y) = y - y^2 q(y), coefficients as for the CPU (csrc/cpu/math.h).
   float q = -0.0873475952f;
   q = fmaf(q, y, 0.14307497f);
@@ -210,7 +225,7 @@ __device__ __forceinline__ LogTerms log_terms(float y) {
   q = fmaf(q, y, 0.499999916f);
   const float near_log = fmaf(-y * y, q, y);
   const float near_excess = y * y * fmaf(-(1.0f + y), q, 1.0f);
-  const float r = fmaxf(1.0f + y, 0x1p-126f);
+  r = fmaxf(r, 0x1p-126f);
   const float far_log = log2_approx(r) * kLn2;
   const bool near = y > -0.29f && y < 0.41f;
   return {near ? near_log : far_log, near ? near_excess : fmaf(r, far_log, -y)};

@@ -46,10 +46,26 @@ class TopkRow : Slice<Exchange, false> {
     parts.lead_frame = parts.other_frame = parts.hard_frame = 0;
     if (row_.has_soft()) sum_pairs(parts, total);
     if (row_.has_tail()) sum_tail(parts, total);
-    row_.total(parts, [&](Sums& sums) { finish(total, sums); });
+    const Sums second = row_.total(parts, [&](Sums& sums) { finish(total, sums); });
+    if (fresh(shared_.near)) {
+      parts.other = sum_outside();
+      __syncthreads();
+      row_.total(parts, [&](Sums& sums) { finish_near(second, sums.other); });
+    }
     const float soft = row_.has_soft() ? fresh(row_.shared.divergence.value) : 0;
     float hard = 0;
     if (row_.has_hard()) hard = row_.hard_term(sum(), frame(), kLog2E, total.label, 1);
+    if (row_.wants_gradient() && row_.hard_weight() != 0) {
+      const float label = exp2_approx(fmaf(total.label, kLog2E, -frame()));
+      float besides = 1 - label / sum();
+      if (besides < 0.25f) {  // else the roundings of the sum are small beside it
+        parts.hard = sum_besides_label();
+        __syncthreads();
+        const float others = row_.total(parts, [](Sums&) {}).hard;
+        besides = others / (others + label);
+      }
+      hard_at_label_ = row_.hard_weight() * -besides;
+    }
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return;
     if (row_.template is_lost<Mode::kForward>(soft, hard)) {
@@ -60,7 +76,7 @@ class TopkRow : Slice<Exchange, false> {
       __syncthreads();
       write_classes(total, puts_back);
     }
-    row_.write_tail(1 / sum(),
+    row_.write_tail(1 / sum(), hard_at_label_,
                     [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -frame())); });
   }
 
@@ -238,17 +254,28 @@ class TopkRow : Slice<Exchange, false> {
     shared_.valid = teacher > 0 && student > 0;
     shared_.teacher_frame = teacher_frame + logf(teacher) * kLog2E;
     shared_.student_frame = student_frame + logf(student) * kLog2E;
-    shared_.others = pair(log_rest - shared_.teacher_frame, log_others - shared_.student_frame);
+    float apart = 0;  // of what the exponents are made of, where T is the same
+    if (log_others > -kInf) {
+      apart =
+          teacher_.log_rest[row_.exchange.row()] - fmaf(total.hard_frame, kLn2, logf(total.hard));
+    }
+    shared_.others =
+        pair(log_rest - shared_.teacher_frame, log_others - shared_.student_frame, apart);
     shared_.forbidden = log_others == -kInf && log_rest > -kInf;
   }
 
-  // Of one class, from base-2 logarithms.
-  __device__ static Pair pair(float teacher, float student) {
-    return pair_of(exp2_approx(teacher), exp2_approx(student), (teacher - student) * kLn2);
+  // Of one class, from base-2 logarithms, and from what its logits are `apart`: these keep their
+  // digits where T is large. How far the frames are apart is rounded, but the same for all.
+  __device__ Pair pair(float teacher, float student, float apart) const {
+    const bool direct = row_.teacher_inverse() == row_.student_inverse() && fabsf(apart) < kInf;
+    const float frames = (fresh(shared_.student_frame) - fresh(shared_.teacher_frame)) * kLn2;
+    const float x =
+        direct ? fmaf(apart, row_.student_inverse(), frames) : (teacher - student) * kLn2;
+    return pair_of(exp2_approx(teacher), exp2_approx(student), x);
   }
   __device__ Pair pair_at(float log_prob, float logit) const {
     return pair(fmaf(log_prob, teacher_scale(), -fresh(shared_.teacher_frame)),
-                fmaf(logit, student_scale(), -fresh(shared_.student_frame)));
+                fmaf(logit, student_scale(), -fresh(shared_.student_frame)), log_prob - logit);
   }
 
   // At T = 1 a bucket's hard term needs the classes inside as well, in this frame.
@@ -288,19 +315,20 @@ class TopkRow : Slice<Exchange, false> {
       if (bucket_) add(sums, shared_.others);
       shared_.lead = whole_ ? -1 : sums.lead;  // q may be of more classes than these
       shared_.other = sums.other;
-      Divergence soft;
+      float value;
       if (whole_) {  // q is what it is; p ln(p / q) - p + q of the others adds up to their q
-        soft.value = fmaxf(sums.excess + (1 - sums.other), 0.0f);
+        value = fmaxf(sums.excess + (1 - sums.other), 0.0f);
         shared_.gradient = Combination(1, 1, 0);
       } else {
-        soft = divergence(sums);
-        const float p = 1 / sums.lead, q = 1 / sums.other;
-        const bool alike = fabsf(soft.ratio) < 0.5f;
-        shared_.gradient = Combination(q, p, alike ? -p * soft.ratio / (1 + soft.ratio) : q - p);
+        value = normalised(sums);
       }
-      if (sums.forbidden > 0 || (bucket_ && shared_.forbidden)) soft.value = kInf;
+      if (sums.forbidden > 0 || (bucket_ && shared_.forbidden)) value = kInf;
       const bool nan = total.lead != total.lead || total.other != total.other;
-      row_.shared.divergence.value = shared_.valid && !nan ? soft.value : kNaN;
+      row_.shared.divergence.value = shared_.valid && !nan ? value : kNaN;
+      shared_.near =
+          whole_ && sums.other > 0.5f;  // p may be: its sum is to have the same roundings
+    } else {
+      shared_.near = false;
     }
     if (row_.has_tail()) {
       float sum = shares() ? total.other : total.hard;
@@ -318,6 +346,63 @@ class TopkRow : Slice<Exchange, false> {
     shared_.sum = sum;
   }
 
+  // By one thread: the divergence of what has been summed, all classes of both sides.
+  __device__ float normalised(Sums& sums) {
+    const Divergence soft = divergence(sums);
+    const float p = 1 / sums.lead, q = 1 / sums.other;
+    const bool alike = fabsf(soft.ratio) < 0.5f;
+    shared_.gradient = Combination(q, p, alike ? -p * soft.ratio / (1 + soft.ratio) : q - p);
+    return soft.value;
+  }
+  // The same where q is over all classes, of which those outside have so much in the second frame.
+  __device__ void finish_near(Sums sums, float outside) {
+    const bool is_finite = row_.shared.divergence.value < kInf;
+    sums.other += outside;
+    sums.difference += outside;
+    sums.excess += outside;
+    const float value = normalised(sums);
+    if (is_finite) row_.shared.divergence.value = value;
+    shared_.other = sums.other;
+  }
+  __device__ __forceinline__ float sum_outside() {
+    const float scale = student_scale(), base = fresh(shared_.student_frame);
+    float sum = 0;
+    each_step(true, [&](int, const float* logits, unsigned named) {
+      float few = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float e = exp2_approx(fmaf(logits[j], scale, -base));
+        few += named >> j & 1u ? 0.0f : e;
+      }
+      sum += few;
+    });
+    return warp_sum(sum);
+  }
+  // At T = 1.
+  __device__ __forceinline__ float sum_besides_label() {
+    const float base = frame();
+    float sum = 0;
+    each_step(false, [&](int step, const float* logits, unsigned) {
+      const int label = label_index(step);
+      float few = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float e = exp2_approx(fmaf(logits[j], kLog2E, -base));
+        few += j == label ? 0.0f : e;
+      }
+      sum += few;
+    });
+    if (row_.has_tail()) {
+      row_.each_of_tail([&](int column, float logit) {
+        sum += column == row_.label() ? 0.0f : exp2_approx(fmaf(logit, kLog2E, -base));
+      });
+    }
+    return warp_sum(sum);
+  }
+  __device__ int label_index(int step) const {
+    return row_.label() / kStep == step ? row_.student().index(step, row_.label()) : -1;
+  }
+
   // --- the gradient
 
   // q - p; exact of a class that is all there is.
@@ -332,8 +417,10 @@ class TopkRow : Slice<Exchange, false> {
     const float hard = row_.hard_weight() == 0 ? 0 : row_.hard_weight() / sum();
     each_own([&](float log_prob, float logit, int column) {
       float gradient = logit > -kInf ? weight * difference(pair_at(log_prob, logit)) : 0;
-      if (hard != 0) gradient = fmaf(exp2_approx(fmaf(logit, kLog2E, -frame())), hard, gradient);
-      if (row_.has_hard() && column == row_.label()) gradient -= row_.hard_weight();
+      if (hard != 0) {
+        gradient += column == row_.label() ? hard_at_label_
+                                           : hard * exp2_approx(fmaf(logit, kLog2E, -frame()));
+      }
       const float values[kPerLane] = {gradient};
       store_single(row_.dstudent(), column, pack(row_.dstudent().dtype, values).first.x);
     });
@@ -343,15 +430,19 @@ class TopkRow : Slice<Exchange, false> {
   // the same.
   __device__ __forceinline__ void write_classes(const Sums& total, bool puts_back) {
     const float weight = row_.soft_weight() * row_.student_inverse();
-    float scale = kLog2E, base = frame(), factor = 0, hard = 0;
+    float scale = kLog2E, base = frame(), factor = 0, of_soft = 0, hard = 0;
     if (row_.hard_weight() != 0) hard = row_.hard_weight() / sum();
     if (whole_ && row_.soft_weight() != 0) {
       scale = student_scale(), base = used(total.other_frame), factor = weight / total.other;
+      if (fresh(shared_.near)) {
+        base = fresh(shared_.student_frame), factor = weight / fresh(shared_.other);
+      }
+      of_soft = factor;
     } else if (bucket_ && row_.soft_weight() != 0) {
       base = used(total.hard_frame);
       if (total.hard > 0) {  // else there is no mass outside
-        factor =
-            weight * difference(shared_.others) / total.hard + hard * exp2_approx(base - frame());
+        of_soft = weight * difference(shared_.others) / total.hard;
+        factor = of_soft + hard * exp2_approx(base - frame());
       }
       hard = 0;
     }
@@ -371,7 +462,17 @@ class TopkRow : Slice<Exchange, false> {
           gradient[j] = fmaf(exp2_approx(fmaf(logits[j], kLog2E, -hard_base)), hard, gradient[j]);
         }
       }
-      row_.add_label(step, gradient);
+      // The two terms nearly cancel there: before the rounding of the store.
+      const int label = row_.hard_weight() != 0 ? label_index(step) : -1;
+      if (label >= 0) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          if (j != label) continue;
+          const float soft =
+              of_soft == 0 ? 0 : exp2_approx(fmaf(logits[j], scale, -base)) * of_soft;
+          gradient[j] = soft + hard_at_label_;
+        }
+      }
       const View dstudent = row_.dstudent();
       if (named != 0) {
 #pragma unroll
@@ -391,6 +492,7 @@ class TopkRow : Slice<Exchange, false> {
   const int64_t* const ids_;
   const float* const log_probs_;
   const bool bucket_, whole_;
+  float hard_at_label_ = 0;  // the gradient there of the hard term
 };
 
 }  // namespace fastkd::cuda
