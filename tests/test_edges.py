@@ -8,7 +8,8 @@ from bounds import Allowance
 from conftest import BETAS, INF, NAN, assert_close, check, normal, pair, run, some_labels
 
 import fastkd
-from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
+from fastkd import dkd_loss, kd_loss, ops, topk_kd_loss, topk_teacher
+from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 9: less than a vector; 1100: the infinite column may lie in the first chunk of 1024 or the second.
@@ -376,6 +377,40 @@ def test_pruned_classes_get_exactly_0_from_the_soft_term_only(kernel):
         assert (soft[~kept] == 0).all() and (soft[kept] != 0).any()
         both = run(kernel, s, t, some_labels(3, 1100), top_k=100, beta=beta, alpha=0.5).gradient
         assert_close(both[~kept], 0.5 * hard[~kept], s.dtype, 0.5 * bound[~kept], what="pruned")
+
+
+@pytest.mark.parametrize("divergence", [FORWARD, REVERSE, MIXTURE])
+@pytest.mark.parametrize("hard", [False, True])
+def test_rows_that_keep_every_class_beside_others_that_do_not(kernel, divergence, hard):
+    """As in a call that prunes nothing, edges and all, and no row takes a neighbour's numbers."""
+    V = 1100
+    s, t = pair(8, V)
+    s[1, 5] = t[1, 5] = t[2, 7] = -INF
+    s[3, 600:] = t[3, 600:] = -INF
+    s[4, 3] = NAN
+    keep = torch.tensor([V, V, V + 1, V, V, 2**62, 40, 3])
+    inverse = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0, 0.5])
+    beta = torch.linspace(0.1, 0.9, 8) if divergence == MIXTURE else None
+    one, labels = torch.ones(8), some_labels(8, V)
+
+    def terms(name, device, keep, rows=slice(None)):
+        op = ops.choose_backend(name, torch.device(device), torch.float32).kd_rows
+        g = torch.empty(len(s[rows]), V, device=device)
+        vectors = (
+            x if x is None else x[rows].to(device)
+            for x in (s, t, labels, inverse, inverse, one, one if hard else None, keep, beta)
+        )  # fmt: skip
+        *given, kept, mixed = vectors
+        return [x.cpu() for x in (*op(*given, g, kept, V, divergence, mixed), g)]
+
+    actual = terms(kernel.name, kernel.device, keep)
+    for rows, expected in (
+        (slice(0, 6), terms(kernel.name, kernel.device, None, slice(0, 6))),
+        (slice(None), terms("reference", "cpu", keep)),
+    ):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a[rows], e, rtol=2e-5, atol=1e-7, equal_nan=True)
+    assert ((actual[2][6:] != 0).sum(-1) == (V if hard else torch.tensor([40, 3]))).all()
 
 
 @pytest.mark.parametrize("beta", BETAS)
