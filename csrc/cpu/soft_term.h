@@ -208,8 +208,8 @@ class SoftTerm {
 
   // Few chunks, mostly none, have a class that may be so large a part of the lead.
   void find_top() {
-    // What is rounded of its gradient is eps times its share s, twice, twice beside all that others
-    // have; that is at least (1 - s) / sqrt(columns). In every frame x is as large as ln 4, about.
+    // Its gradient is off by some 2 eps times its share s where that of the others is as small as
+    // (1 - s) / sqrt(columns), evenly spread: that is to be less than half of 1e-5.
     const double eps = std::numeric_limits<T>::epsilon();
     const double odds = 1e-5 / (4 * eps * std::sqrt(static_cast<double>(columns())));
     const double least = odds / (1 + odds) * sums_.lead;
@@ -229,9 +229,9 @@ class SoftTerm {
     if (top_ >= 0) top_kept_ = {work_.a()[top_], work_.b()[top_]};
   }
 
-  // The row once more, where the gradient of a class that is all but 1, or of all classes, is a
-  // difference of what nearly agrees; in that class's frame, in which its x and with it all that
-  // would cancel is exactly 0.
+  // Reads the row once more, where the gradient of a class that is all but 1, or of all classes, is
+  // a difference of what nearly agrees: in that class's frame, in which its x and with it all that
+  // would cancel is exactly 0. Such a row takes 1.3 to 1.8 times as long.
   void refine() {
     if (!(divergence_ < kInf<double>)) return;
     Frame<T> frame = sums_.frame;
@@ -239,7 +239,7 @@ class SoftTerm {
     if (top_ >= 0) {
       if (mixed_) top_kept_ = {work_.a()[top_], work_.b()[top_]};
       const Factors f = factors(top_ / kChunk, 0);
-      // Of a gradient that is larger than that the roundings are small beside itself.
+      // A gradient that is larger than that is large beside its own roundings.
       const T a = f.a * top_kept_.a, b = f.b * top_kept_.b, least = std::fabs(f.b * top_kept_.a);
       wanted = std::fabs(a + b) * 4 < std::fmax(std::fabs(a) + std::fabs(b), least);
       const int64_t begin = top_ / kChunk * kChunk;
