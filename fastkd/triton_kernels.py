@@ -120,9 +120,6 @@ def row_terms(
             tell(shared, 4, part, zh, PARTS)
             if APART:
                 tell(shared, 8, part, h_max, PARTS)
-        if TAIL:
-            tell(shared, 9, part, tail_max, PARTS)
-            tell(shared, 10, part, tail_z, PARTS)
         if DIVERGENCE != NONE:
             tell(shared, 1, part, t_max - shift, PARTS)
             tell(shared, 2, part, zs, PARTS)
@@ -330,6 +327,10 @@ def kd_rows_kernel(
                 tail_max, tail_z = tail_sums(
                     s_row, high, low + width, part, tail_parts, VECTOR, BLOCK, LANE
                 )
+                if PARTS > 1:  # at once: registers are few
+                    of_row = shared + tl.cast(row, tl.int64) * (SHARED * PARTS)
+                    tell(of_row, 9, part, tail_max, PARTS)
+                    tell(of_row, 10, part, tail_z, PARTS)
         if computed & ~at_limit:
             s_term, h_term, t_term, lost, last, h_max, h_log = row_terms(
                 s_row + begin, t_row + begin, g_row + begin, first, end, threshold,

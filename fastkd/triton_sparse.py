@@ -294,7 +294,10 @@ def row_terms(
             if tl.sum((there & (named == label)).to(tl.int32), 0) == 0:
                 at_label = at_label + own if OUTSIDE != RESTRICT else own
                 stored = to_stored(at_label, g_row.dtype.element_ty)
-                tl.store(g_row + low + label, stored, mask=(hard_weight != 0) & (label < vocab))
+                weighs = hard_weight != 0
+                if TAIL:  # of a label in the tail write_tail sees to it
+                    weighs = weighs & (label < vocab)
+                tl.store(g_row + low + label, stored, mask=weighs)
             hard_value = h_factor * tl.exp2((s - h_max) * LOG2E)
             hard_value = tl.where(named == label, hard_value - hard_weight, hard_value)
             value += tl.where(hard_weight != 0, hard_value, 0.0)
