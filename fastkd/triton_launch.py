@@ -85,7 +85,8 @@ def _device(device: torch.device) -> Device:
     if triton_backend.INTERPRETED:
         return Device(PARTS, 0, 32, TABLE["interpreter"])
     gpu = torch.cuda.get_device_properties(device)
-    target = triton.runtime.driver.active.get_current_target()
+    with _current(device):  # a machine may have two kinds of GPU
+        target = triton.runtime.driver.active.get_current_target()
     return device_of(target.arch, gpu.multi_processor_count, gpu.L2_cache_size, target.warp_size)
 
 
@@ -130,21 +131,14 @@ def _plan(
     return parts, columns, options
 
 
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(device: torch.device, n: int) -> Tensor:
-    """At least `n` zeros, which the kernel leaves as zeros: launches of a stream share them."""
-    if device.type != "cuda":
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():  # a graph runs on any stream, beside any other
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _COUNTERS.get(key)
-    if found is None or found.numel() < n:
-        size = triton.next_power_of_2(max(n, 1024))
-        found = _COUNTERS[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return found
+def _exchange(like: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """What the programs of split rows meet by: zeros [1 + N] int32 to count in, and in the same
+    allocation [N, SHARED, PARTS] float32. It ends with the call: a tensor that were kept would lie
+    in the memory pool of whoever came first, a CUDA graph's for one."""
+    front = -(-(1 + N) // 4) * 4  # the values begin at a multiple of 16 bytes
+    both = like.new_empty(front + N * SHARED * PARTS, dtype=torch.float32)
+    counters = both[: 1 + N].view(torch.int32)
+    return counters.zero_(), both[front:]
 
 
 class _Rows(NamedTuple):
@@ -269,8 +263,7 @@ def kd_rows(
         if parts > 1:
             if N * parts >= 2**31:
                 raise ValueError(f"fastkd: too many rows for the Triton kernels, {N}")
-            counters = _counters(student.device, N + 1)
-            shared = soft.new_empty(N * SHARED * PARTS)
+            counters, shared = _exchange(soft, N)
         kernels.kd_rows_kernel[(N * parts,)](
             s.base, t.base, g.base,
             student if labels is None else labels,

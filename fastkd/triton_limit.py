@@ -17,8 +17,8 @@ that take every tile for a ragged one, and is the work of one program, of a spli
 import triton
 import triton.language as tl
 
-from .triton_math import LN2, LOG2E, NINF, load_tile, log2_of, store_tile, to_float
-from .triton_passes import FORWARD, MIXTURE, REVERSE, hard_slope, kept_classes
+from .triton_math import LN2, LOG2E, NINF, load_tile, log2_of, positions, store_tile, to_float
+from .triton_passes import FORWARD, MIXTURE, REVERSE, hard_slope, hard_terms, kept_classes
 from .triton_tail import LOWEST, joined
 
 MATCHES_LOGITS = tl.constexpr(1e-3)  # 1 / T from which on this is the more exact way
@@ -96,7 +96,7 @@ def is_flat(
 @triton.jit
 def limit_pass(
     s_row, t_row, g_row, low, high, threshold, inverse, mean, rest_of_mean, per_p, beta, rest,
-    from_student, factor, hard_weight, at_label, top, h_log, lost,
+    from_student, factor, hard_weight, at_label, top, h_log, label_slope, lost,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, HARD: tl.constexpr,
     VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
@@ -133,7 +133,7 @@ def limit_pass(
         if GRADIENT:
             gradient = tl.where(kept, tl.where(factor != 0, factor * slope, 0.0), 0.0)
             if HARD:
-                hard = hard_slope(s, start, at_label, top, h_log, BLOCK, LANE)
+                hard = hard_slope(s, start, at_label, top, h_log, label_slope, True, BLOCK, LANE)
                 gradient += tl.where(hard_weight != 0, hard_weight * hard, 0.0)
             gradient = tl.where(lost, float("nan"), gradient)
             store_tile(g_row, gradient, start, low, high, G_VECTOR, BLOCK, True)
@@ -178,9 +178,10 @@ def limit_row(
         students += tl.sum(tl.where(kept & finite, s + bent, 0.0), 1)
         count += tl.sum(kept.to(tl.int32), 1)
         if HARD:
-            above = tl.maximum(h_max, tl.max(s, 1))
+            h = tl.where(positions(start, BLOCK, LANE) == low + label, NINF, s)
+            above = tl.maximum(h_max, tl.max(h, 1))
             zh *= tl.exp2((h_max - above) * LOG2E)
-            zh += tl.sum(tl.exp2((s - above[:, None]) * LOG2E), 1)
+            zh += tl.sum(tl.exp2((h - above[:, None]) * LOG2E), 1)
             h_max = above
     sum_d = tl.sum(total, 0)
     K = tl.sum(count, 0).to(tl.float32)
@@ -195,13 +196,13 @@ def limit_row(
     hard = tl.full([], 0.0, tl.float32)
     top = hard
     h_log = hard
+    label_slope = hard
     if HARD:
-        top = tl.max(h_max, 0)
-        z = tl.sum(zh * tl.exp2((h_max - top) * LOG2E), 0)
+        top = tl.maximum(tl.max(h_max, 0), label_logit)
+        others = tl.sum(zh * tl.exp2((h_max - top) * LOG2E), 0)
         if TAIL:
-            top, z = joined(top, z, tail_max, tail_z)
-        h_log = tl.log2(z)
-        hard = h_log * LN2 + (top - label_logit)
+            top, others = joined(top, others, tail_max, tail_z, label_logit)
+        hard, h_log, label_slope = hard_terms(others, top, label_logit)
     lost = ~(tl.abs(sum_d) < float("inf")) | (K == 0)
     lost = (lost & (soft_weight != 0)) | ((hard != hard) & (hard_weight != 0))
     # The weight has a T^2 that all of this includes.
@@ -211,7 +212,7 @@ def limit_row(
     from_student = tl.full([], 0.0, tl.float32)
     soft, of_mixture = limit_pass(
         s_row, t_row, g_row, low, high, threshold, inverse, mean, rest_of_mean, per_p, beta, rest,
-        from_student, factor, hard_weight, low + label, top, h_log, lost,
+        from_student, factor, hard_weight, low + label, top, h_log, label_slope, lost,
         DIVERGENCE, PRUNE, PROBS, HARD, True, GRADIENT and DIVERGENCE == FORWARD,
         VECTOR, G_VECTOR, BLOCK, LANE,
     )  # fmt: skip
@@ -223,8 +224,8 @@ def limit_row(
             from_student = of_mixture / K
         limit_pass(
             s_row, t_row, g_row, low, high, threshold, inverse, mean, rest_of_mean, per_p, beta,
-            rest, from_student, factor, hard_weight, low + label, top, h_log, lost,
+            rest, from_student, factor, hard_weight, low + label, top, h_log, label_slope, lost,
             DIVERGENCE, PRUNE, PROBS, HARD, False, True, VECTOR, G_VECTOR, BLOCK, LANE,
         )  # fmt: skip
     soft = tl.where(sum_d == float("inf"), float("inf"), soft * scale * scale)
-    return soft, hard, top, h_log
+    return soft, hard, top, h_log, label_slope

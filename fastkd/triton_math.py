@@ -215,8 +215,9 @@ def log_terms(y):
 
 @triton.jit
 def expm1(x):
-    series = 1.0 + x * (1 / 2.0 + x * (1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0))))
-    return tl.where(tl.abs(x) < 0.1, x * series, tl.exp2(x * LOG2E) - 1.0)
+    series = 1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0 + x * (1 / 720.0)))
+    series = 1.0 + x * (1 / 2.0 + x * series)
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp2(x * LOG2E) - 1.0)
 
 
 @triton.jit
@@ -240,9 +241,9 @@ def log_quotient(delta, b, otherwise):
 
 @triton.jit
 def binary_divergence(a, b, gap):
-    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q, and b - a.
-    No digit is lost where either is near 0 or 1, nor where the two agree; the odds may be infinite.
-    """
+    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q, and of
+    b - a. No digit is lost where either is near 0 or 1, nor where the two agree; the odds may be
+    infinite."""
     p = logistic(a)
     q = logistic(b)
     p_not = logistic(-a)

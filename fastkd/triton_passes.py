@@ -192,8 +192,8 @@ def sums(
 ):  # fmt: skip
     """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes but the
     label, and of a exp * ln(a / b) before normalisation, all in powers of two. Besides, the largest
-    part of either side's sum that fell to one lane, nearly all where a row is sure of a class; and
-    all parts of the student's."""
+    part of either side's sum that fell to one lane, nearly all where a row is sure of a class; all
+    parts of the student's; and how far those of the last sum are from the mean, of the reverse."""
     zs = tl.zeros([BLOCK // LANE], tl.float32)
     zt = zs
     zh = zs
@@ -213,9 +213,12 @@ def sums(
             unit, at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
             DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
+    spread = tl.sum(zs, 0) * 0.0
+    if DIVERGENCE == REVERSE:
+        spread = tl.sum(tl.abs(cross - zs * (tl.sum(cross, 0) / tl.sum(zs, 0))), 0)
     return (
         tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0),
-        tl.max(zs, 0), tl.max(zt, 0), zs,
+        tl.max(zs, 0), tl.max(zt, 0), zs, spread,
     )  # fmt: skip
 
 
@@ -275,9 +278,23 @@ def hard_slope(
 
 
 @triton.jit
+def difference(s, t, s_zero, t_zero, ratio, less, less_low):
+    """(s - s_zero) - (t - t_zero) ratio - less, rounded once where ratio is 1 and so the zeros 0:
+    what the first difference is rounded by is found and added."""
+    a = s - s_zero
+    b = (t - t_zero) * ratio
+    apart = a - b
+    moved = apart - a
+    low = (a - (apart - moved)) - (b + moved)
+    low = tl.where(tl.abs(apart) < float("inf"), low - less_low, 0.0)
+    return (apart - less) + low
+
+
+@triton.jit
 def second_of(
     s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
+    s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
+    soft_factor, hard_factor, target_factor, label_slope,
     divergence, beta, rest, at_label, value0, value1, value2, value3,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
@@ -307,7 +324,8 @@ def second_of(
             # ln(q / p) is x, and d what it is more than at the class that both sides are relative
             # to, where d is 0 however products and sums are fused, as it is where the logits agree.
             # Finite wherever these are: log_q may overflow at the lowest of them.
-            d = (ds - dt * (t_inverse / s_inverse)) * s_inverse
+            d = difference(s, t, s_zero, t_zero, t_inverse / s_inverse, from_top, from_top_low)
+            d *= s_inverse
             x = d - log_ratio
             # To the precision of the logits' difference, where q - p has that of p.
             soft = tl.where(tl.abs(x) < 0.5, p * expm1(x), soft)
@@ -326,10 +344,8 @@ def second_of(
                 bracket = d
             if DIVERGENCE == MIXTURE:
                 # ln(q / m), likewise: its exponential is q / p over beta + rest q / p.
-                at_top = tl.exp2(log_ratio * LOG2E)
-                change = tl.where(
-                    tl.abs(d) < 0.5, at_top * expm1(-d), tl.exp2(-x * LOG2E) - at_top
-                )
+                near = tl.abs(d) < tl.where(at_top > 0, 0.5, 0.0)
+                change = tl.where(near, at_top * expm1(-d), tl.exp2(-x * LOG2E) - at_top)
                 bracket, _ = log_terms(change * (beta / (rest + beta * at_top)))
                 bracket = -bracket
             if VALUE and DIVERGENCE != FORWARD:
@@ -394,8 +410,9 @@ def second_of(
 @triton.jit
 def second_tile(
     s_row, t_row, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
-    t_inverse, s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
-    divergence, beta, rest, at_label, value0, value1, value2, value3,
+    t_inverse, s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
+    soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
+    value0, value1, value2, value3,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
@@ -407,8 +424,9 @@ def second_tile(
         t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
     return second_of(
         s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-        s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
-        divergence, beta, rest, at_label, value0, value1, value2, value3,
+        s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
+        soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
+        value0, value1, value2, value3,
         DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT, G_VECTOR, BLOCK, LANE,
         RAGGED,
     )  # fmt: skip
@@ -417,8 +435,8 @@ def second_tile(
 @triton.jit
 def second(
     s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, log_ratio, soft_factor, hard_factor, target_factor, label_slope,
-    divergence, beta, rest, at_label,
+    s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
+    soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
     DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
     HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
     VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
@@ -437,8 +455,9 @@ def second(
         value0, value1, value2, value3 = second_tile(
             s_row, t_row, g_row, masked_start(edge, end, full, label_tile, LABEL), low, high,
             threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            log_ratio, soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest,
-            at_label, value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
+            log_ratio, s_zero, t_zero, from_top, from_top_low, at_top, soft_factor, hard_factor,
+            target_factor, label_slope, divergence, beta, rest, at_label,
+            value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
             CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
     for forward in tl.range(first, whole, BLOCK):
@@ -446,25 +465,37 @@ def second(
         value0, value1, value2, value3 = second_tile(
             s_row, t_row, g_row, whole_start(start, label_tile, BLOCK, LABEL), low, high,
             threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            log_ratio, soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest,
-            at_label, value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
+            log_ratio, s_zero, t_zero, from_top, from_top_low, at_top, soft_factor, hard_factor,
+            target_factor, label_slope, divergence, beta, rest, at_label,
+            value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
             CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
     return tl.sum(value0, 0), tl.sum(value1, 0), tl.sum(value2, 0), tl.sum(value3, 0)
 
 
 @triton.jit
-def digits(zs, zt, s_most, t_most, DIVERGENCE: tl.constexpr):
-    """Whether p and q formed apart leave the gradient its digits, as far as the largest class tells
-    and the divergence does not: which may be that of small classes, while the gradient's norm is
-    that of a large one. Of the reverse divergence and of mixtures, what a class is off the mean
-    by, which is that of the class that the student is sure of."""
+def digits(zs, zt, s_most, t_most, soft, spread, rest, DIVERGENCE: tl.constexpr):
+    """Whether p and q formed apart leave the gradient its digits, as far as a small divergence does
+    not tell: it may be that of small classes, while the gradient's norm is that of a large one. And
+    of the reverse divergence and of mixtures, which compare what every class has of the divergence
+    with the mean, whether classes differ in it: neither where one has all of q nor where ln(q / p)
+    is large and nearly the same of all, nor where p has next to nothing of any that q has."""
     of_s = s_most / zs
     apart = tl.abs(of_s - t_most / zt) > of_s * (1 / 32)
     enough = apart | (of_s < 0.25)
     if DIVERGENCE != FORWARD:
         enough = enough & (of_s < 0.75)
+    if DIVERGENCE == REVERSE:
+        enough = enough & ~(spread * LN2 < zs * soft * (1 / 128))
+    if DIVERGENCE == MIXTURE:
+        enough = enough & ~saturated(soft, rest)
     return enough
+
+
+@triton.jit
+def saturated(from_student, rest):
+    """Whether a mixture is nearly as far from q as it can be: KL(q || m) <= -ln(rest)."""
+    return from_student > tl.log2(rest) * (-LN2 * 0.75)
 
 
 @triton.jit
@@ -501,7 +532,7 @@ def corrected(soft, excessive, beta, rest, DIVERGENCE: tl.constexpr):
     excessive = tl.where(tl.abs(excessive) < 0.5, excessive, 0.0)
     log, second = log_terms(excessive)
     if DIVERGENCE == FORWARD:
-        soft -= excessive - log
+        soft -= excessive * log - second
     if DIVERGENCE == REVERSE:
         soft = (soft - second) / (1.0 + excessive)
     if DIVERGENCE == MIXTURE:  # to second order: such rows are close

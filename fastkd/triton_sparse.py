@@ -18,11 +18,13 @@ from .triton_math import (
     excess,
     expm1,
     load_tile,
+    log_terms,
+    positions,
     store_tile,
     to_float,
     to_stored,
 )
-from .triton_passes import FORWARD, open_row
+from .triton_passes import FORWARD, hard_terms, open_row
 from .triton_tail import joined, tail_sums, write_tail
 
 # What becomes of the classes that are not named: one more class of both sides; no classes; classes
@@ -60,13 +62,16 @@ def others(s, start, high, low, ids, place, k, BLOCK: tl.constexpr, LANE: tl.con
 
 @triton.jit
 def sums_tile(
-    s_row, start, low, high, ids, place, k, o_max, h_max, scale, zo, zh, nans,
+    s_row, start, low, high, ids, place, k, at_label, o_max, h_max, scale, zo, zh, nans,
     OUTSIDE: tl.constexpr, HARD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
     if HARD:
-        zh += tl.sum(tl.exp2((s - h_max) * LOG2E), 1)
+        h = s
+        if (at_label >= start) & (at_label < start + BLOCK):
+            h = tl.where(positions(start, BLOCK, LANE) == at_label, NINF, s)
+        zh += tl.sum(tl.exp2((h - h_max) * LOG2E), 1)
     if OUTSIDE == RESTRICT:
         nans += tl.sum((s != s).to(tl.int32), 1)
     else:
@@ -78,12 +83,12 @@ def sums_tile(
 
 @triton.jit
 def sums(
-    s_row, low, high, ids, columns, k, o_max, h_max, scale,
+    s_row, low, high, ids, columns, k, at_label, o_max, h_max, scale,
     OUTSIDE: tl.constexpr, HARD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exponentials: of the others, or of all where none is set apart; of all at T = 1. And
-    how many NaN there are, where the first is not needed."""
+    """Sums of exponentials: of the others, or of all where none is set apart; of all but the label
+    at T = 1. And how many NaN there are, where the first is not needed."""
     zo = tl.zeros([BLOCK // LANE], tl.float32)
     zh = zo
     nans = tl.zeros([BLOCK // LANE], tl.int32)
@@ -91,14 +96,14 @@ def sums(
     place = tl.sum((columns < first).to(tl.int32), 0)
     for start in tl.range(first, full, BLOCK):
         zo, zh, nans, place = sums_tile(
-            s_row, start, low, high, ids, place, k, o_max, h_max, scale, zo, zh, nans,
+            s_row, start, low, high, ids, place, k, at_label, o_max, h_max, scale, zo, zh, nans,
             OUTSIDE, HARD, VECTOR, BLOCK, LANE, False,
         )  # fmt: skip
     for edge in tl.range(begin, end):
         place = tl.sum((columns < edge * full).to(tl.int32), 0)
         zo, zh, nans, place = sums_tile(
-            s_row, edge * full, low, high, ids, place, k, o_max, h_max, scale, zo, zh, nans,
-            OUTSIDE, HARD, VECTOR, BLOCK, LANE, True,
+            s_row, edge * full, low, high, ids, place, k, at_label, o_max, h_max, scale, zo, zh,
+            nans, OUTSIDE, HARD, VECTOR, BLOCK, LANE, True,
         )  # fmt: skip
     return tl.sum(zo, 0), tl.sum(zh, 0), tl.sum(nans, 0)
 
@@ -174,7 +179,7 @@ def below_top(x, rest):
     x -= top
     rest -= top
     total = tl.sum(tl.exp2(x.to(tl.float32) * LOG2E), 0) + tl.exp2(rest.to(tl.float32) * LOG2E)
-    return x, rest, tl.log2(total) * LN2
+    return x, rest, (tl.log2(total) * LN2).to(tl.float64)
 
 
 @triton.jit
@@ -182,9 +187,9 @@ def compared(log_p, log_q, p_log, q_log):
     """Of classes whose logarithms less p_log and q_log are those of p and q: what they add to
     KL(p || q), q - p, and q. The logarithms come in float64: where the two are close, q - p is of
     the precision of their difference."""
-    d = (log_p - log_q).to(tl.float32) - (p_log - q_log)
-    p = tl.exp2((log_p.to(tl.float32) - p_log) * LOG2E)
-    q = tl.exp2((log_q.to(tl.float32) - q_log) * LOG2E)
+    d = ((log_p - log_q) - (p_log - q_log)).to(tl.float32)
+    p = tl.exp2((log_p - p_log).to(tl.float32) * LOG2E)
+    q = tl.exp2((log_q - q_log).to(tl.float32) * LOG2E)
     difference = tl.where(tl.abs(d) < 0.5, -q * expm1(d), q - p)
     return excess(p, q, d, log_p == NINF, log_q == NINF), difference, q
 
@@ -198,7 +203,7 @@ def row_terms(
     K: tl.constexpr,
 ):  # fmt: skip
     """Both terms, and whether the gradient is not written and NaN; the frame and the logarithm of
-    the hard term's sum."""
+    the hard term's sum, and its slope at the label."""
     # Read before any thread can have written the gradient over it.
     label_logit = 0.0
     if HARD:
@@ -210,6 +215,7 @@ def row_terms(
     s = to_float(tl.load(s_row + columns, mask=there, other=NINF))
     log_p = tl.load(log_probs + place, mask=there, other=NINF).to(tl.float64) * t_inverse
     bad = tl.sum((named < 0).to(tl.int32), 0) > 0
+    at_label = low + label
 
     # The first tile mostly holds a number near enough to the maximum. Where it does not, all do.
     scale = LOG2E if OUTSIDE == BUCKET else s_inverse * LOG2E
@@ -223,23 +229,29 @@ def row_terms(
     while tries < 2:
         if HARD or OUTSIDE != RESTRICT:
             o_max, h_max = maxima(s_row, end, low, high, ids, k, OUTSIDE, VECTOR, BLOCK, LANE)
+        if HARD:
+            h_max = tl.maximum(h_max, label_logit)
         zo, zh, nans = sums(
-            s_row, low, high, ids, columns, k, o_max, h_max, scale, OUTSIDE, HARD, VECTOR, BLOCK,
-            LANE,
+            s_row, low, high, ids, columns, k, at_label, o_max, h_max, scale, OUTSIDE, HARD, VECTOR,
+            BLOCK, LANE,
         )  # fmt: skip
         # A sum of 0 may be one of a first tile of -inf alone.
         sound = (zo + zh < 16777216.0) & ((zo > 0) | (OUTSIDE == RESTRICT))
         if HARD:
-            sound = sound & (zh > 0)
+            sound = sound & (zh + tl.exp2((label_logit - h_max) * LOG2E) > 0)
         tries = tl.where(sound, 2, tries + 1)
         end = high
 
     if TAIL:
-        h_max, zh = joined(h_max, zh, tail_max, tail_z)
+        h_max, zh = joined(h_max, zh, tail_max, tail_z, label_logit)
     hard = tl.full([], 0.0, tl.float32)
+    h_log = hard
+    label_slope = hard
+    total = hard
     if HARD:
-        hard = tl.log2(zh) * LN2 + (h_max - label_logit)
-        hard = tl.where(zh > 0, hard, float("nan"))
+        hard, h_log, label_slope = hard_terms(zh, h_max, label_logit)
+        total = zh + tl.exp2((label_logit - h_max) * LOG2E)
+        hard = tl.where(total > 0, hard, float("nan"))
     rest_p = tl.full([], NINF, tl.float64)
     rest_q = rest_p
     frame = o_max
@@ -249,26 +261,53 @@ def row_terms(
     if OUTSIDE == RESTRICT:
         frame = tl.max(s, 0)
     log_q = (s.to(tl.float64) - frame) * s_inverse
-    q_log = tl.log2(zo) * LN2
+    q_log = (tl.log2(zo) * LN2).to(tl.float64)
     if OUTSIDE != WHOLE:
         log_q, rest_q, q_log = below_top(log_q, rest_q)
     log_p, rest_p, p_log = below_top(log_p, rest_p)
-    term, difference, q = compared(log_p, log_q, p_log, q_log)
-    difference = tl.where(there, difference, 0.0)
-    soft = tl.sum(tl.where(there, term, 0.0), 0)
+    apart = OUTSIDE == WHOLE
+    if OUTSIDE == WHOLE:
+        # What little the named classes leave the others is no difference to 1.
+        of_named = tl.sum(tl.exp2((log_q - q_log).to(tl.float32) * LOG2E), 0)
+        apart = of_named < 0.75
+        if of_named >= 0.75:
+            others_sum, _no_sum, _no_nans = sums(
+                s_row, low, high, ids, columns, k, at_label, o_max, h_max, scale, BUCKET, False,
+                VECTOR, BLOCK, LANE,
+            )  # fmt: skip
+            rest_q = (tl.log2(others_sum) * LN2).to(tl.float64)
+            log_q, rest_q, q_log = below_top(log_q, rest_q)
+    tries = tl.where(apart, 1, 0)
+    soft = tl.full([], 0.0, tl.float32)
+    rest = soft
+    rest_difference = soft
+    difference = tl.zeros([K], tl.float32)
+    q = difference
+    while tries < 2:
+        term, difference, q = compared(log_p, log_q, p_log, q_log)
+        difference = tl.where(there, difference, 0.0)
+        soft = tl.sum(tl.where(there, term, 0.0), 0)
+        if apart:
+            rest = 1.0 - tl.sum(q, 0)
+            soft += rest
+        else:
+            # The differences sum to 0, but for what both sums' logarithms are off by.
+            rest_term, rest_difference, rest = compared(rest_p, rest_q, p_log, q_log)
+            if OUTSIDE != RESTRICT:
+                soft += rest_term
+            excessive = tl.sum(difference, 0) + rest_difference
+            near = tl.abs(excessive) < 0.5
+            log, _ = log_terms(tl.where(near, excessive, 0.0))
+            q_log += log
+            difference -= q * excessive
+            rest_difference -= rest * excessive
+        tries += 1
     factor = soft_weight * s_inverse
     o_factor = tl.full([], 0.0, tl.float32)
     if OUTSIDE == WHOLE:
-        soft += 1.0 - tl.sum(q, 0)
         o_factor = factor / zo
-    else:
-        rest_term, rest_difference, rest = compared(rest_p, rest_q, p_log, q_log)
-        # The differences sum to 0: what both sums' logarithms are off by, all of them share.
-        excessive = tl.sum(difference, 0) + rest_difference
-        difference -= q * excessive
-        if OUTSIDE == BUCKET:
-            soft += rest_term
-            o_factor = tl.where(zo > 0, factor * (rest_difference - rest * excessive) / zo, 0.0)
+    if OUTSIDE == BUCKET:
+        o_factor = tl.where(zo > 0, factor * rest_difference / zo, 0.0)
     difference = tl.where(log_q == NINF, 0.0, difference)
     o_factor = tl.where(soft_weight != 0, o_factor, 0.0)
     soft = tl.where(soft < 0, 0.0, soft)
@@ -277,7 +316,7 @@ def row_terms(
     soft = tl.where(lost, float("nan"), soft)
     lost = ((soft != soft) & (soft_weight != 0)) | ((hard != hard) & (hard_weight != 0))
     if GRADIENT and not lost:
-        h_factor = hard_weight / zh if HARD else 0.0
+        h_factor = hard_weight / total if HARD else 0.0
         of_all(
             s_row, g_row, low, high, o_max, h_max, scale, o_factor, h_factor,
             OUTSIDE, HARD, VECTOR, G_VECTOR, BLOCK, LANE,
@@ -289,21 +328,21 @@ def row_terms(
         tl.debug_barrier()
         value = tl.where(soft_weight != 0, factor * difference, 0.0)
         if HARD:
-            at_label = o_factor * tl.exp2((label_logit - o_max) * scale)
-            own = tl.exp2((label_logit - h_max) * LOG2E) * h_factor - hard_weight
+            of_soft = o_factor * tl.exp2((label_logit - o_max) * scale)
+            own = hard_weight * label_slope
             if tl.sum((there & (named == label)).to(tl.int32), 0) == 0:
-                at_label = at_label + own if OUTSIDE != RESTRICT else own
-                stored = to_stored(at_label, g_row.dtype.element_ty)
+                own_class = of_soft + own if OUTSIDE != RESTRICT else own
+                stored = to_stored(own_class, g_row.dtype.element_ty)
                 weighs = hard_weight != 0
                 if TAIL:  # of a label in the tail write_tail sees to it
                     weighs = weighs & (label < vocab)
                 tl.store(g_row + low + label, stored, mask=weighs)
             hard_value = h_factor * tl.exp2((s - h_max) * LOG2E)
-            hard_value = tl.where(named == label, hard_value - hard_weight, hard_value)
+            hard_value = tl.where(named == label, own, hard_value)
             value += tl.where(hard_weight != 0, hard_value, 0.0)
         stored = to_stored(value, g_row.dtype.element_ty)
         tl.store(g_row + columns, stored, mask=there)
-    return soft, hard, lost, h_max, tl.log2(zh)
+    return soft, hard, lost, h_max, h_log, label_slope
 
 
 PER_ROW = (
@@ -335,13 +374,16 @@ def topk_rows_kernel(
     lost = True
     h_max = tl.full([], 0.0, tl.float32)
     h_log = tl.full([], float("nan"), tl.float32)
+    label_slope = h_log
     if valid & ~skipped:
         first = tl.cast(row, tl.int64) * k
         tail_max = h_max
         tail_z = h_max
         if TAIL:
-            tail_max, tail_z = tail_sums(s_row, high, low + width, 0, 1, VECTOR, BLOCK, LANE)
-        s_term, h_term, lost, h_max, h_log = row_terms(
+            tail_max, tail_z = tail_sums(
+                s_row, high, low + width, low + label, 0, 1, VECTOR, BLOCK, LANE
+            )
+        s_term, h_term, lost, h_max, h_log, label_slope = row_terms(
             s_row, g_row, low, high, vocab, ids + first, log_probs + first, k, log_rest + row,
             tl.load(student_inverse + row), tl.load(teacher_inverse + row), s_weight, h_weight,
             label, tail_max, tail_z, OUTSIDE, HARD, TAIL, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE,
@@ -353,8 +395,8 @@ def topk_rows_kernel(
             fill(g_row, value, low, high, G_VECTOR, BLOCK)
         if TAIL:
             write_tail(
-                s_row, g_row, high, low + width, low + label, h_max, h_log, h_weight, 0, 1,
-                VECTOR, G_VECTOR, BLOCK, LANE,
+                s_row, g_row, high, low + width, low + label, h_max, h_log, label_slope, h_weight,
+                0, 1, VECTOR, G_VECTOR, BLOCK, LANE,
             )  # fmt: skip
         else:
             for start in tl.range(high // BLOCK * BLOCK, low + width, BLOCK):

@@ -2,8 +2,9 @@
 
 A row that the L2 cache loses before its second read is cut into slices, a program for each. It
 reads its slice once for the sums, tells them, counts itself in at the row's counter, waits there
-for the others, and reads its slice again while the cache still has it. The waiting ends, in
-whatever order a GPU starts programs, if it has room for those of one row at a time:
+for the others, and reads its slice again while the cache still has it; a careful row meets more
+often. What its programs decide by is therefore the same bits in all. The waiting ends, in whatever
+order a GPU starts programs, if it has room for those of one row at a time:
 
 - A program takes row and slice by the number of programs started before it, its ticket. So all rows
   whose tickets are out are complete, but for the last.
@@ -20,8 +21,7 @@ waiting and storing take a program 5 us, programs of 19000 pairs have to be in f
 registers a thread keeps 16 pairs, 8192 for the multiprocessor (with 32 the compiler spills 3.3 KB);
 the cache has room for 49000. The memory sees 6 bytes a pair either way, the cache 10 instead of 6.
 
-The last ticket resets the tickets, the last program to leave a row its counter, at which nobody
-waits any more: a launch leaves the zeros that it found, and the next one needs no other before it.
+The counters are 0 before each launch, which is 2 us of a memset; they are of no use afterwards.
 """
 
 import triton
@@ -33,8 +33,10 @@ from .triton_tail import LOWEST
 
 # What is told, [SHARED, PARTS] per row: the maxima that the sums refer to, of s and of t; zs, zt,
 # zh, cross (triton_passes.sums); the divergence as two sums (triton_passes.second); the maximum of
-# s that zh refers to, where that is another; the frame and the sum of the tail (triton_tail).
-SHARED = tl.constexpr(11)
+# s that zh refers to; the largest lane of zs and of zt, and how `cross` spreads; of careful rows,
+# both logits of the slice's top class, and the four sums of triton_passes.second; the frame and the
+# sum of the tail (triton_tail).
+SHARED = tl.constexpr(20)
 
 
 @triton.jit
@@ -89,8 +91,11 @@ def combined(
     zt = zs
     zh = zs
     cross = zs
+    s_most = zs
+    t_most = zs
+    spread = zs
     if HARD:
-        h_part = told(shared, 8, parts, NINF, PARTS) if APART else s_part
+        h_part = told(shared, 8, parts, NINF, PARTS)
         h_max, h_weight = weights(h_part, LOG2E)
         zh = tl.sum(h_weight * told(shared, 4, parts, 0.0, PARTS), 0)
         if not TAIL:
@@ -102,6 +107,9 @@ def combined(
         zt_part = told(shared, 3, parts, 0.0, PARTS)
         zs = tl.sum(s_weight * zs_part, 0)
         zt = tl.sum(t_weight * zt_part, 0)
+        s_most = tl.max(s_weight * told(shared, 9, parts, 0.0, PARTS), 0)
+        t_most = tl.max(t_weight * told(shared, 10, parts, 0.0, PARTS), 0)
+        spread = tl.sum(s_weight * told(shared, 11, parts, 0.0, PARTS), 0)
         if not APART:  # a side without a finite logit is no distribution
             zs = tl.where(s_max == NINF, float("nan"), zs)
             zt = tl.where(t_max == NINF, float("nan"), zt)
@@ -117,19 +125,34 @@ def combined(
                 term = s_weight * (part - zs_part * moved)
             empty = (s_part == NINF) & (t_part == NINF)
             cross = tl.sum(tl.where(empty, part, term), 0)
-    return s_max, t_max, h_max, zs, zt, zh, cross
+    return s_max, t_max, h_max, zs, zt, zh, cross, s_most, t_most, spread
+
+
+@triton.jit
+def tell_tail(shared, part, frame, z, PARTS: tl.constexpr):
+    tell(shared, 18, part, frame, PARTS)
+    tell(shared, 19, part, z, PARTS)
 
 
 @triton.jit
 def tail_of(shared, parts, PARTS: tl.constexpr):
     """The frame and the sum of a row's tail from those of its programs."""
-    part = told(shared, 9, parts, LOWEST, PARTS)
+    part = told(shared, 18, parts, LOWEST, PARTS)
     frame = tl.max(part, 0)
-    z = told(shared, 10, parts, 0.0, PARTS)
+    z = told(shared, 19, parts, 0.0, PARTS)
     return frame, tl.sum(z * tl.exp2((part - frame) * LOG2E), 0)
 
 
 @triton.jit
-def values_of(shared, parts, PARTS: tl.constexpr):
-    value0 = tl.sum(told(shared, 6, parts, 0.0, PARTS), 0)
-    return value0, tl.sum(told(shared, 7, parts, 0.0, PARTS), 0)
+def values_of(shared, first: tl.constexpr, parts, PARTS: tl.constexpr):
+    value0 = tl.sum(told(shared, first, parts, 0.0, PARTS), 0)
+    return value0, tl.sum(told(shared, first + 1, parts, 0.0, PARTS), 0)
+
+
+@triton.jit
+def top_of(shared, parts, PARTS: tl.constexpr):
+    """Both logits of the largest of the slices' top classes."""
+    s = told(shared, 12, parts, NINF, PARTS)
+    s_top = tl.max(s, 0)
+    t = told(shared, 13, parts, NINF, PARTS)
+    return s_top, tl.max(tl.where(s == s_top, t, NINF), 0)

@@ -1,11 +1,16 @@
 """Rows that several programs of the Triton kernel share: whatever the order in which these run, the
-same bits, no program left waiting, and counters as they were. In Triton's interpreter, its programs
-by turns (triton_interpreter.py).
+same bits and no program left waiting; and what they meet by ends with the call. In Triton's
+interpreter, its programs by turns (triton_interpreter.py).
 """
+
+import weakref
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import BACKENDS, INF, NAN, check, normal, pair, run, some_labels
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import triton_backend
 
@@ -28,14 +33,6 @@ CALLS = {
 }
 
 
-@pytest.fixture
-def counters(monkeypatch):
-    """What the launches count in."""
-    found = torch.zeros(1 + N, dtype=torch.int32)
-    monkeypatch.setattr(triton_launch, "_counters", lambda device, n: found[:n])
-    return found
-
-
 def logits(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     s, t = pair(N, V)
     if kind == "near":  # no digits in a difference of sums
@@ -49,14 +46,14 @@ def logits(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["ordinary", "near", "infinite"])
 @pytest.mark.parametrize("call", CALLS)
-def test_the_order_of_programs_changes_nothing(counters, call, kind):
+def test_the_order_of_programs_changes_nothing(call, kind):
     s, t = logits(kind)
     labels = some_labels(N, V, ignored=(1,) if kind == "ordinary" else ())
     results = []
     for room, seed in ((3, 1), (3, 2), (4, 3), (9, 4)):
         with turns.taking_turns(room, seed) as launches:
             results.append(run(TRITON, s, t, labels, reduction="none", **CALLS[call]))
-        assert launches and not counters.any()
+        assert launches
     for result in results[1:]:
         assert torch.equal(result.loss.view(torch.int32), results[0].loss.view(torch.int32))
         assert torch.equal(result.gradient.view(torch.int32), results[0].gradient.view(torch.int32))
@@ -82,9 +79,10 @@ def test_counters_are_enough():
             wide, t, torch.tensor([0, V, -3, 1]), vector, vector, vector, vector, g, None, V,
             FORWARD, None,
         )  # fmt: skip
-    for values in (soft, hard, g[:, :V].sum(-1)):
-        assert torch.equal(values.isnan(), torch.tensor([False, True, True, False]))
-    assert (g[:, V:] == 0).all()
+    # The second label is a class of the student alone.
+    for values in (soft, g[:, :V].sum(-1)):
+        assert values.isnan().tolist() == [False, False, True, False]
+    assert hard.isnan().all() and g[:, V:].isnan().all()  # as the tail
 
 
 def test_slices_of_rows_that_begin_anywhere():
@@ -95,32 +93,105 @@ def test_slices_of_rows_that_begin_anywhere():
             check(TRITON, s, t, alpha=0.5, labels=some_labels(4, width))
 
 
-def test_launches_share_counters_in_a_stream_only(monkeypatch):
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that gives itself out for one of a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+class Launches:
+    """In place of the kernel: of every launch, which allocations it was given beside its rows."""
+
+    def __init__(self) -> None:
+        self.alive: list[weakref.ref] = []
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **options) -> None:
+        counters, shared = arguments[12:14]
+        assert counters.dtype == torch.int32 and counters.numel() == 1 + N
+        assert shared.dtype == torch.float32
+        assert shared.numel() == N * triton_launch.SHARED * triton_launch.PARTS
+        assert counters.untyped_storage()._cdata == shared.untyped_storage()._cdata
+        first, last = (
+            counters.storage_offset() + counters.numel(),
+            shared.storage_offset() + shared.numel(),
+        )
+        assert first <= shared.storage_offset() and last * 4 == shared.untyped_storage().nbytes()
+        assert shared.storage_offset() % 4 == counters.storage_offset() % 4 == 0  # 16 bytes
+        self.alive += [weakref.ref(counters), weakref.ref(shared)]
+
+
+class Allocations(TorchDispatchMode):
+    """The operations that make memory, or zero it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if any(part in name for part in ("empty", "zero", "full", "ones")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_outlives_a_launch(monkeypatch):
+    """On a GPU, every call takes all its memory from the pool of that call, a CUDA graph's for one,
+    and leaves none of it behind: the second as the first."""
+    launches = Launches()
+    monkeypatch.setattr(triton_launch.kernels, "kd_rows_kernel", launches)
+    monkeypatch.setattr(
+        triton_launch, "_rows", lambda rows: triton_launch._Rows(rows, True, 0, 0, V)
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, **_: zeros(n, dtype=torch.int32))
     made = []
+    with turns.taking_turns():
+        rows, vector = (torch.empty(*size).as_subclass(OnGpu) for size in ((N, V), (N,)))
+        for _ in range(2):
+            with Allocations() as allocations:
+                triton_launch.kd_rows(
+                    rows, rows, None, vector, vector, vector, None, rows, None, V, FORWARD, None
+                )
+            made.append(allocations.names)
+    assert made[0] == made[1] and "zero_" in made[0]
+    assert launches.alive and not any(found() is not None for found in launches.alive)
 
-    def zeros(n, **_):
-        made.append(n)
-        return torch.empty(n, dtype=torch.int32)
 
-    stream, capturing = [7], [False]
-    monkeypatch.setattr(triton_launch.torch, "zeros", zeros)
-    monkeypatch.setattr(triton_launch, "_COUNTERS", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+def test_the_kind_of_gpu_is_that_of_the_tensors(monkeypatch):
+    """And not of the current device: a machine may have two kinds."""
+    current = [0]
 
-    class Stream:
-        def __init__(self, device):
-            self.cuda_stream = stream[0]
+    class On:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
 
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    gpu = torch.device("cuda", 0)
-    first = triton_launch._counters(gpu, 5)
-    assert triton_launch._counters(gpu, 1000) is first
-    stream[0] = 8
-    assert triton_launch._counters(gpu, 5) is not first
-    stream[0] = 7
-    larger = triton_launch._counters(gpu, 5000)
-    assert larger is not first and larger.numel() >= 5000
-    assert triton_launch._counters(gpu, 5) is larger
-    capturing[0] = True  # the graph may be replayed beside anything
-    assert triton_launch._counters(gpu, 5) is not triton_launch._counters(gpu, 5)
-    assert len(made) == 5
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_) -> None:
+            current[0] = self.before
+
+    class Driver:
+        def get_current_target(self):
+            arch, warp = (90, 32) if current[0] == 0 else ("gfx942", 64)
+            return SimpleNamespace(arch=arch, warp_size=warp)
+
+    class Properties(NamedTuple):
+        multi_processor_count: int = 100
+        L2_cache_size: int = 1 << 20
+
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
+    monkeypatch.setattr(triton_launch.triton.runtime, "driver", SimpleNamespace(active=Driver()))
+    find = triton_launch._device.__wrapped__
+    for index, warp in ((0, 32), (1, 64)):
+        assert find(torch.device("cuda", index)).warp == warp
+        assert current == [0]

@@ -158,7 +158,7 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T l = lead[i], o = other[i];
     const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
-    // Of a frame that is not the maximum's the sum of `other` is not used.
+    // In a frame that is not the maximum's the sum of `other` is not used.
     constexpr T kHighest = -Level<T>::kLowest;
     const T e_lead = exp2_flushed(u_lead);
     const T e_other = exp2_flushed(u_other > kHighest ? kHighest : u_other);

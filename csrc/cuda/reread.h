@@ -96,7 +96,7 @@ class Reread : RereadSlice<Exchange> {
     });
   }
 
-  // Of the logits as they are stored, what all exponentials are relative to; and what the other
+  // In the logits as they are stored, what all exponentials are relative to; and what the other
   // side has where the lead has its maximum.
   __device__ void find_maxima() {
     float lead_max = -kInf, other_max = -kInf, hard_max = -kInf, beside = -kInf;
@@ -295,7 +295,7 @@ class Reread : RereadSlice<Exchange> {
   }
 
   const float student_inverse_, teacher_inverse_, beta_;
-  // Of the logits as they are stored; the other side's exponents are lower by shift_ besides.
+  // In the logits as they are stored; the other side's exponents are lower by shift_ besides.
   float lead_frame_ = 0, other_frame_ = 0, shift_ = 0;
   float beside_ = 0;  // the other side's logit where the lead's is the largest
   float poison_ = 0;  // NaN where a logit is, with pruning

@@ -57,7 +57,7 @@ class RereadSlice {
 
   __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
 
-  // Of all classes but the label, whose gradient is less theirs: softmax less 1 would lose what is
+  // All classes but the label, whose gradient is less theirs: softmax less 1 would lose what is
   // small beside 1.
   __device__ float sum_hard(int step, const float* student) const {
     const int label = label_index(step);

@@ -159,9 +159,9 @@ __device__ __forceinline__ void sum_over_warp(Sums& sums) {
 // apart would be 1e-5 of the gradient.
 constexpr float kNear = 0x1p-7f;
 
-// Of the sums in the frame of the maximum: whether a class may be so large a part of this side that
-// its gradient is lost in its own rounding. That is 2^-22 of its share s, twice; all others have
-// (1 - s) / sqrt(vocab) at least.
+// From the sum in the frame of the maximum, whether a class may be so large a part of this side
+// that its gradient is lost in its own rounding. That is 2^-22 of its share s, twice; all others
+// have (1 - s) / sqrt(vocab) at least.
 __device__ inline float sure_besides(int vocab) {  // (1 - s) / s
   return 0.048f * sqrtf(static_cast<float>(vocab));
 }
@@ -207,7 +207,7 @@ __device__ inline Divergence divergence(Sums& sums) {
   return d;
 }
 
-// Of y >= -1 and r = 1 + y, to its own precision where y is near -1: ln r, and r ln r - y >= 0
+// For y >= -1 and r = 1 + y, to its own precision where y is near -1: ln r, and r ln r - y >= 0
 // relative to its own size also where y is small; ln 0 is taken as ln of the smallest normal
 // number.
 struct LogTerms {

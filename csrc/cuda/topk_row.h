@@ -264,7 +264,7 @@ class TopkRow : Slice<Exchange, false> {
     shared_.forbidden = log_others == -kInf && log_rest > -kInf;
   }
 
-  // Of one class, from base-2 logarithms, and from what its logits are `apart`: these keep their
+  // One class, from base-2 logarithms, and from what its logits are `apart`: these keep their
   // digits where T is large. How far the frames are apart is rounded, but the same for all.
   __device__ Pair pair(float teacher, float student, float apart) const {
     const bool direct = row_.teacher_inverse() == row_.student_inverse() && fabsf(apart) < kInf;
