@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import CONVERGED, CPU_PAIRS, OVERHEAD, Case, Logits, Loss
+from .cases import CONVERGED, CPU_PAIRS, OVERHEAD, SURE, Case, Logits, Loss
 from .environment import clock_mhz
 from .figures import Record
 from .providers import PROVIDERS, fastkd_loss, unavailable
@@ -55,7 +55,7 @@ def loop(timed: Callable, setup: Callable, rounds: int) -> None:
 
 def measure(case: Case, settings: Settings, drive: Callable = loop) -> Record:
     """Never raises: what went wrong is a result."""
-    special = {OVERHEAD: _overhead, CONVERGED: _near_convergence}
+    special = {OVERHEAD: _overhead, CONVERGED: _near_convergence, SURE: _sure_of_one_class}
     record, failed = attempt(lambda: special.get(case.option, _loss)(case, settings, drive))
     _release()
     return asdict(case) | {"clock_mhz": clock_mhz(case.device)} | (record or {"failed": failed})
@@ -340,3 +340,22 @@ def _near_convergence(case: Case, settings: Settings, drive: Callable) -> Record
         error, failed = attempt(worst)
         providers[name] = {"failed": failed} if error is None else {"loss_error": rounded(error)}
     return {"loss": rounded(max(values)), "providers": providers}
+
+
+def _sure_of_one_class(case: Case, settings: Settings, drive: Callable) -> Record:
+    """The largest relative error of the gradient of a row, of three losses."""
+    providers: dict[str, Figures] = {}
+    for option in ("plain", "hard", "jsd"):
+        one = replace(case, option=option)
+        logits = Logits(one)
+        logits.make_sure(torch.arange(case.N, device=case.device) * 7919 % case.V)
+        expected, _ = _expected(one, logits)
+        for name, loss in _losses(one).items():
+            if "," in name or "failed" in providers.get(name, {}):
+                continue
+            error, failed = attempt(partial(_gradient_error, logits, loss, expected))
+            before = providers.get(name, {}).get("gradient_error", 0.0)
+            providers[name] = (
+                {"failed": failed} if failed else {"gradient_error": max(error, before)}
+            )
+    return {"providers": providers}

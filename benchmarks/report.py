@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from . import budgets
-from .cases import CONVERGED, HEADLINE, OPTIONS, OVERHEAD
+from .cases import CONVERGED, HEADLINE, OPTIONS, OVERHEAD, SURE
 from .figures import (
     OFF,
     PEERS,
@@ -183,6 +183,13 @@ def specials(results: Results) -> list[str]:
             parts.append(
                 f"Relative error of the loss where the student is all but the teacher, "
                 f"{r['dtype']}, V = {r['V']}, a loss of {r['loss']:.1e}: {errors}."
+            )
+        if r["option"] == SURE and "providers" in r:
+            errors = ", ".join(f"{n} {e:.0e}" for n in r["providers"] if (e := error(r, n)))
+            parts.append(
+                f"Relative error of the gradient of a row where both sides put 0.5 to 1 - 6e-6 on "
+                f"one class, {r['dtype']}, V = {r['V']}, the worst of KL, with a hard term, and "
+                f"JSD: {errors}."
             )
     return parts
 

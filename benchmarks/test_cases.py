@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .cases import CONVERGED, Case
+from .cases import SURE, UNTIMED, Case
 from .measure import loop, measure
 from .store import Store
 
@@ -17,7 +17,7 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 5e-3}  # of fastkd
 def test_case(case: Case, store: Store, request: Any) -> None:
     if case in store:
         pytest.skip("measured before")
-    timed = case.option != CONVERGED
+    timed = case.option not in UNTIMED
     drive = request.getfixturevalue("benchmark").pedantic if timed else loop
     record = measure(case, store.settings, drive)
     store.add(record)
@@ -28,6 +28,7 @@ def test_case(case: Case, store: Store, request: Any) -> None:
     for name, figures in providers.items():
         error = figures.get("gradient_error", 0.0)
         allowed = ROUNDING if name.startswith("fastkd") else ANOTHER_LOSS
-        assert error < allowed[case.dtype], f"{name} is off by {error}"
+        if case.option != SURE or name.startswith("fastkd"):  # eager is off by anything there
+            assert error < allowed[case.dtype], f"{name} is off by {error}"
     if timed:
         request.getfixturevalue("benchmark").extra_info.update(providers)

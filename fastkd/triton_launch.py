@@ -12,6 +12,7 @@ from . import triton_backend
 from . import triton_kernels as kernels
 from . import triton_passes as passes
 from . import triton_sparse as sparse
+from .arguments import check_overwritten
 from .spec import FORWARD, MIXTURE, REVERSE
 
 
@@ -236,6 +237,8 @@ def kd_rows(
     optional = (soft_weight, hard_weight, beta, target_weight, target)
     vectors += [v for v in optional if v is not None]
     _check(student, teacher, dstudent, vectors, [labels, keep], vocab_size)
+    if dstudent is not None and soft_weight is not None:
+        check_overwritten(dstudent, teacher)
     apart = target_weight is not None
     if labels is None and (apart or hard_weight is not None):
         raise ValueError("fastkd: a term of the labels without labels")

@@ -112,8 +112,8 @@ def test_compiled_inplace_never_overwrites_its_teacher(backend):
     x.requires_grad_()
     try:
         actual = torch.compile(loss, fullgraph=True)(x, w, True)
-    except RuntimeError as error:
-        assert "the teacher" in str(error)  # lies in the same memory
+    except (RuntimeError, ValueError) as error:
+        assert "teacher" in str(error)  # lies in the same memory
     else:
         torch.testing.assert_close(actual, loss(x, w, False))
 

@@ -17,8 +17,8 @@
 namespace fastkd {
 namespace {
 
-// A process that was forked has the memory of a pool of threads and none of the threads: OpenMP would
-// wait for them for ever.
+// A process that was forked has the memory of a pool of threads and none of the threads: OpenMP
+// would wait for them for ever.
 void check_not_forked() {
 #if defined(__unix__) || defined(__APPLE__)
   static std::atomic<pid_t> owner{0};  // of the pool
