@@ -203,7 +203,8 @@ def row_terms(
         hard, h_log, label_slope = hard_terms(zh, h_max, label_logit)
     lost = (hard_weight != 0) & (hard != hard)
     soft = tl.full([], 0.0, tl.float32)
-    soft_factor = soft_weight * s_inverse
+    # Without a weight not even of a temperature that is NaN anything is left.
+    soft_factor = tl.where(soft_weight != 0, soft_weight * s_inverse, 0.0)
     log_ratio = soft
     s_zero = soft  # of careful rows, as what follows
     t_zero = soft

@@ -45,6 +45,8 @@ def by_attribute(loss, module, compiler, name, options):
 
 def follow(backend, loss, module, given, name, values, **options) -> int:
     """Compares the loss and its gradient with eager ones; how many graphs it took."""
+    if backend.emulated or backend.interpreted:
+        pytest.skip("the Python layer is the same above all kernels")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     options["backend"] = backend.name

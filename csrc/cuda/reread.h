@@ -264,7 +264,9 @@ class Reread : RereadSlice<Exchange> {
   }
 
   __device__ void write_gradient(bool empty, float hard) {
-    const float weight = empty ? 0 : row_.soft_weight() * student_inverse_;
+    // Without a weight not even of a temperature that is NaN anything is left.
+    const bool none = empty || row_.soft_weight() == 0;
+    const float weight = none ? 0 : row_.soft_weight() * student_inverse_;
     const float of_q = row_.target_factor();  // besides
     each_step([&](int step, float* student, float* teacher) {
       float gradient[kPerLane] = {};
