@@ -448,6 +448,8 @@ class TopkRow : Slice<Exchange, false> {
     }
     if (scale == kLog2E && base == frame()) factor += hard, hard = 0;
     const float hard_base = frame();
+    float at_label = hard_at_label_;
+    if (of_soft != 0) at_label += exp2_approx(fmaf(total.label, scale, -base)) * of_soft;
     each_step(puts_back, [&](int step, const float* logits, unsigned named) {
       float gradient[kPerLane] = {};
       if (factor != 0) {  // else the frame may be no frame of theirs
@@ -467,10 +469,7 @@ class TopkRow : Slice<Exchange, false> {
       if (label >= 0) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
-          if (j != label) continue;
-          const float soft =
-              of_soft == 0 ? 0 : exp2_approx(fmaf(logits[j], scale, -base)) * of_soft;
-          gradient[j] = soft + hard_at_label_;
+          if (j == label) gradient[j] = at_label;
         }
       }
       const View dstudent = row_.dstudent();
