@@ -162,6 +162,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--interpreted", type=int, default=1, metavar="N",
         help="parameter sets per test that are run in Triton's interpreter; 0: all",
     )  # fmt: skip
+    parser.addoption(
+        "--every-target", action="store_true",
+        help="compile the Triton kernels for every GPU of the table, not for one of each maker",
+    )  # fmt: skip
 
 
 NOT_SPLIT = "top_k|percentile|prun|select|test_sparse"
