@@ -119,8 +119,8 @@ FAULTS = {
     "slices are sent for that the next row, at T = infinity, does not wait for": (
         ONE_PERSISTENT,
         "row.h",
-        "next.label < 0 || next.matches_logits) return;",
-        "next.label < 0) return;",
+        "next.label < 0 || next.matches_logits || next.has_tail) return;",
+        "next.label < 0 || next.has_tail) return;",
     ),
     "a CTA goes on to the next row while others are at this one": (
         ONE_PERSISTENT,

@@ -278,12 +278,13 @@ FASTKD_LOOP Mixture<T> mixture(T* __restrict a, T* __restrict b, int64_t n, T be
 // where p is so far away that ln(q / m) is -ln(1 - beta) in most classes.
 template <class T>
 FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T share, T rest) {
+  constexpr T kLeast = sizeof(T) == 8 ? -700 : -80;  // of x, as far as an exponential reaches
   T sums[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const bool there = a[i] > 0;
     T x = b[i] / (there ? a[i] : T(1));
-    x = x < 200 ? x : T(200);  // where ln(q / m) has come to its limit
-    x = x > -80 ? x : T(-80);  // a q that is nothing
+    x = x < 200 ? x : T(200);     // where ln(q / m) has come to its limit
+    x = x > kLeast ? x : kLeast;  // a q that is nothing beside p
     const Ratio<T> back = ratio(x * -kLog2E<T>);
     b[i] = there ? -a[i] * log_terms(share * back.minus_one, share * back.exp2 + rest).log : T(0);
     sums[lane] += b[i];
