@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arguments import on_host
 from .ops import Ops
 from .spec import REVERSE
 
@@ -296,6 +297,8 @@ class _KDTerms(torch.autograd.Function):
             ctx.spent = True
         elif _keeps_graph():
             dstudent = dstudent.clone()
+        if dloss.dim() == 0 and on_host(dloss) and dloss.item() == 1:
+            return dstudent, None  # as the op would find out in 2 of a call's 60 us
         rows = as_rows(dstudent)
         ctx.ops.scale_rows_(rows, dloss.contiguous())
         if rows is not dstudent and not _is_view(rows, dstudent):
