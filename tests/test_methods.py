@@ -67,7 +67,9 @@ def test_no_second_order_and_nothing_without_a_gradient(backend, method):
     loss = losses(4, 50, backend.name, backend.device)[method]
     with torch.no_grad():
         value = loss(student)
-    assert not value.requires_grad and torch.equal(value, gradient(loss, student)[0])
+    assert not value.requires_grad
+    # A GPU's kernels read some rows again for the sake of their gradient, and round them anew.
+    torch.testing.assert_close(value, gradient(loss, student)[0], rtol=1e-6, atol=0)
     leaf = student.clone().requires_grad_()
     (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="second time"):

@@ -130,6 +130,7 @@ def test_definition(backend, outside, V, dtype):
     ids, log_probs = topk_teacher(v, min(V, 9), vocab_size=V)
     if V > 3:
         ids[1, 4:], log_probs[2, 0] = -1, -INF
+    named = ids.where(log_probs > -INF, -1)
     T = torch.tensor([1.0, 2.0, 0.5, 4.0, 30.0])
     backend.need(dtype)
     for alpha in (1.0, 0.6):
@@ -146,7 +147,7 @@ def test_definition(backend, outside, V, dtype):
         (*actual, grad), (*expected, exact) = results
         counting = torch.arange(5) != 3
         options = {"temperature": T[counting], "alpha": alpha, "vocab_size": V}
-        bounds = SparseAllowance(z[counting], ids[counting], log_probs[counting], y[counting],
+        bounds = SparseAllowance(z[counting], named[counting], log_probs[counting], y[counting],
                                  outside, options)  # fmt: skip
         terms = bounds.rows(expected[1][counting], expected[2][counting])
         whole = alpha * terms[0] + (1 - alpha) * terms[1]

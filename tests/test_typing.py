@@ -24,6 +24,7 @@ def test_a_users_calls():
         "mypy",
         "--strict",
         "--allow-untyped-calls",
+        "--follow-imports=silent",  # of fastkd itself other flags are asked
         "--config-file=",
         "tests/typing_user.py",
     ]
