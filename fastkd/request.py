@@ -3,6 +3,7 @@
 import math
 from array import array
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +175,69 @@ def _term(scale: Tensor | None, mix: float) -> Term:
     return Term(scale if mix == 1 else scale * mix, scale, True)
 
 
+class _Settled(NamedTuple):
+    """What follows from the options that are no tensors, and from how many rows there are."""
+
+    student_inverse: Tensor  # [N]
+    teacher_inverse: Tensor  # [N]
+    squared_temperature: float | Tensor
+    keep: Tensor | None  # [N]
+    divergence: int
+    beta: Tensor | None  # [N]
+    scale: Tensor | None  # [N] of the soft term, where neither labels nor weights tell rows apart
+
+
+def _settle(
+    like: Tensor,  # the student's logits
+    N: int,
+    vocab: int,
+    dtype: torch.dtype,
+    has_limit: bool,
+    rows_alike: bool,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    beta: float,
+    top_k: int | None,
+    bottom_percentile: float,
+    teacher_kind: str,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> _Settled:
+    check_pruning(top_k, bottom_percentile)
+    check_teacher_kind(teacher_kind)
+    check_reduction(reduction, num_items)
+    temperature = check_temperature("temperature", temperature, like, has_limit)
+    if teacher_temperature is not None:
+        teacher_temperature = check_temperature(
+            "teacher_temperature", teacher_temperature, like, has_limit
+        )
+    check_limit(temperature, teacher_temperature)
+    student_inverse, squared = _inverse_and_square(temperature, N, like, dtype)
+    teacher_inverse = student_inverse
+    if teacher_temperature is not None:
+        teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, like, dtype)
+    scale = None
+    if rows_alike:
+        scale, _ = _row_scales(N, student_inverse, squared, None, None, num_items, reduction)
+    return _Settled(
+        student_inverse,
+        teacher_inverse,
+        squared,
+        _keep(top_k, bottom_percentile, vocab, N, like),
+        *_divergence(beta, N, like, dtype),
+        scale,
+    )
+
+
+_HOST = torch.empty(0, device="cpu")
+
+
+@lru_cache(maxsize=64, typed=True)
+def _settled_on_host(*numbers: Any) -> _Settled:
+    """Kept, since a call that repeats the options of another would spend 8 of its 60 us on them."""
+    return _settle(_HOST, *numbers)
+
+
 def request(
     student_logits: Tensor,
     teacher: Tensor | SparseTeacher,
@@ -202,31 +266,24 @@ def request(
     `soft`, `hard`, `target`: what the terms weigh in the loss; a target makes it the decoupled one.
     The other arguments are those of :func:`fastkd.kd_loss`. A sparse teacher has been checked.
     """
-    sparse = isinstance(teacher, SparseTeacher)
     if isinstance(teacher, SparseTeacher):
         assert vocab_size is not None
         vocab = vocab_size
         dtype = teacher.log_probs.dtype
+        named = teacher.named
     else:
         vocab = check_logits(student_logits, teacher, vocab_size)
-        check_pruning(top_k, bottom_percentile)
         dtype = compute_dtype(student_logits, teacher)
-    check_teacher_kind(teacher_kind)
-    check_reduction(reduction, num_items)
-    if labels is not None:
-        ignore_index = as_int("ignore_index", ignore_index)
+        named = None
     # The decoupled terms set apart a class that the teacher has as well.
     label_classes = student_logits.shape[-1] if target is None else vocab
-    labels = check_labels(labels, student_logits, label_classes, ignore_index)
-    has_limit = target is None and not sparse
-    temperature = check_temperature("temperature", temperature, student_logits, has_limit)
-    if teacher_temperature is not None:
-        teacher_temperature = check_temperature(
-            "teacher_temperature", teacher_temperature, student_logits, has_limit
-        )
-    check_limit(temperature, teacher_temperature)
+    if labels is not None:
+        ignore_index = as_int("ignore_index", ignore_index)
+        labels = check_labels(labels, student_logits, label_classes, ignore_index)
     if token_weights is not None:
         token_weights = check_rows("token_weights", token_weights, student_logits)
+    if top_k is not None:
+        top_k = as_int("top_k", top_k, "an int or None")
     wants_soft = soft > 0 or return_terms or target is not None
     wants_hard = labels is not None and (hard > 0 or return_terms)
     if inplace:
@@ -234,27 +291,56 @@ def request(
         check_inplace(student_logits, teacher if reads_teacher else None)  # type: ignore[arg-type]
 
     N = math.prod(student_logits.shape[:-1])
-    student_inverse, squared = _inverse_and_square(temperature, N, student_logits, dtype)
-    teacher_inverse = student_inverse
-    if teacher_temperature is not None:
-        teacher_inverse, _ = _inverse_and_square(teacher_temperature, N, student_logits, dtype)
-    counting = None if labels is None else labels != ignore_index
-    if isinstance(teacher, SparseTeacher) and teacher.named is not None:
-        counting = teacher.named if counting is None else counting & teacher.named
-    soft_scale, hard_scale = _row_scales(
-        N, student_inverse, squared, counting, token_weights, num_items, reduction
+    rows_alike = labels is None and token_weights is None and named is None
+    numbers = (
+        N,
+        vocab,
+        dtype,
+        target is None and not isinstance(teacher, SparseTeacher),
+        rows_alike,
+        temperature,
+        teacher_temperature,
+        float(beta),
+        top_k,
+        bottom_percentile,
+        teacher_kind,
+        reduction,
+        num_items,
     )
+    per_row = isinstance(temperature, Tensor) or isinstance(teacher_temperature, Tensor)
+    if per_row or N > _FEW_ROWS or isinstance(num_items, Tensor) or not on_host(student_logits):
+        settled = _settle(student_logits, *numbers)
+    else:
+        try:
+            settled = _settled_on_host(*numbers)
+        except TypeError:  # also of a wrong type that has no hash, which is then refused by name
+            settled = _settle(student_logits, *numbers)
+    soft_scale, hard_scale = settled.scale, None
+    if not rows_alike:
+        counting = None if labels is None else labels != ignore_index
+        if named is not None:
+            counting = named if counting is None else counting & named
+        soft_scale, hard_scale = _row_scales(
+            N,
+            settled.student_inverse,
+            settled.squared_temperature,
+            counting,
+            token_weights,
+            num_items,
+            reduction,
+        )
     return Request(  # by position, in half the time
         teacher,
         labels,
-        student_inverse,
-        teacher_inverse,
+        settled.student_inverse,
+        settled.teacher_inverse,
         _term(soft_scale, soft) if wants_soft else NOT_COMPUTED,
         _term(hard_scale, hard) if wants_hard else NOT_COMPUTED,
         NOT_COMPUTED if target is None else _term(soft_scale, target),
-        _keep(top_k, bottom_percentile, vocab, N, student_logits),
+        settled.keep,
         vocab,
-        *_divergence(float(beta), N, student_logits, dtype),
+        settled.divergence,
+        settled.beta,
         reduction == "none",
         return_terms,
         teacher_kind == "probs",
