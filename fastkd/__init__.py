@@ -1,12 +1,10 @@
 """Fused knowledge-distillation losses for large vocabularies. Start with :func:`fastkd.kd_loss`."""
 
 from . import schedules
-from .decoupled import DKDLossOutput, dkd_loss
-from .loss import KDLossOutput, kd_loss
+from .kernels import backends
+from .losses import DKDLossOutput, KDLossOutput, dkd_loss, kd_loss, topk_kd_loss
 from .modules import DKDLoss, KDLoss, TopKKDLoss
-from .ops import backends
-from .sparse import TopKTeacher, topk_kd_loss, topk_teacher
-from .teachers import class_bias, ensemble
+from .teachers import TopKTeacher, class_bias, ensemble, topk_teacher
 from .version import __version__
 
 __all__ = [

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from .decoupled import DKDLossOutput, dkd_loss
-from .loss import KDLossOutput, kd_loss
-from .sparse import topk_kd_loss
+from .losses import DKDLossOutput, KDLossOutput, dkd_loss, kd_loss, topk_kd_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import DKDOptions, KDOptions, TopKKDOptions
+    from .core.options import DKDOptions, KDOptions, TopKKDOptions
 
 # What a call returns: a Tensor, or the loss with its terms.
 Result = TypeVar("Result")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import check_labels, check_temperature, is_number
+from .core.checks import check_labels, check_temperature, is_number
 
 Value = TypeVar("Value")
 PROGRESSIONS = ("geometric", "cubic", "linear")

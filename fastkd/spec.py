@@ -24,7 +24,7 @@ a gradient of exactly 0 there; the hard term is `F.cross_entropy(z, y)` whatever
 a label may be any class of the student. Decoupled, the label has to be one of the teacher's too.
 
 Weights, T^2, means and masks are folded into one weight per row and term by the caller
-(:mod:`fastkd.request`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax,
+(:mod:`fastkd.core.call`). Sources: Hinton et al. 2015 (arXiv:1503.02531) for the tempered softmax,
 T^2 and its limit; Agarwal et al. 2024 (arXiv:2306.13649) for beta; Zhao et al. 2022
 (arXiv:2203.08679) for the decoupled terms.
 """
@@ -36,7 +36,7 @@ from torch import Tensor
 INF = float("inf")
 NAN = float("nan")
 
-FORWARD, REVERSE, MIXTURE = range(3)  # which divergence soft is; as Mode in csrc/rows.h
+FORWARD, REVERSE, MIXTURE = range(3)  # which divergence soft is; as Mode in csrc/call.h
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -169,7 +169,7 @@ def hard_term(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hard.squeeze(-1), gradient.masked_fill(hard.isnan(), NAN)
 
 
-def kd_rows(
+def dense_rows(
     student: Tensor,  # [A, B, V_student], rows r = a * B + b, N = A * B
     teacher: Tensor,  # [A, B, V_teacher]
     labels: Tensor | None,  # [N] int64
@@ -203,7 +203,7 @@ def kd_rows(
         gradient = dstudent.new_zeros(N, dstudent.shape[-1])
     step = max(1, (1 << 22) // z.shape[-1])  # rows at a time: bounds the memory of what follows
     for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
-        *parts, dz = _kd_rows(
+        *parts, dz = _dense_rows(
             z[rows],
             v[rows],
             None if labels is None else labels[rows],
@@ -229,7 +229,7 @@ def kd_rows(
     return terms[0], terms[1]
 
 
-def _kd_rows(
+def _dense_rows(
     z: Tensor,  # [N, V], or of all classes of the student where there is a hard term
     v: Tensor,  # [N, V], V = vocab_size
     labels: Tensor | None,
@@ -300,13 +300,13 @@ def _kd_rows(
     return soft, hard, target, gradient
 
 
-def sparse_teacher(
+def order_named(
     ids: Tensor,  # [N, k] int64, in any order; -1: none
     log_probs: Tensor,  # [N, k], at T = 1; -inf: none, whatever the id
     vocab_size: int,
     bucket: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and log_probs as topk_rows takes them, and log_rest [N] ([0] without a bucket).
+    """ids and log_probs as sparse_rows takes them, and log_rest [N] ([0] without a bucket).
 
     The probabilities of equal ids are added up, without atomics, whose order is not defined: sums
     over ever longer parts of a run. Where all sum to more than 1 a bucket is empty and they are
@@ -339,7 +339,7 @@ def sparse_teacher(
     return ids, log_probs.to(dtype), log_rest.to(dtype)
 
 
-def topk_rows(
+def sparse_rows(
     student: Tensor,  # [A, B, V_student] or [N, V_student]
     ids: Tensor,  # [N, k] int64, ascending, each once; those >= vocab_size are not there
     log_probs: Tensor,  # [N, k]
@@ -353,7 +353,7 @@ def topk_rows(
     vocab_size: int,
     restricted: bool,  # q is a softmax over the ids too; else, without log_rest, over all classes
 ) -> tuple[Tensor, Tensor]:
-    """kd_rows for a teacher of k classes, KL(p || q) only; p = softmax(log_probs / T_teacher).
+    """dense_rows for a teacher of k classes, KL(p || q) only; p = softmax(log_probs / T_teacher).
 
     The bucket's logit is logsumexp of the student's others: pooled first, at T = 1, then taken to
     the power 1 / T like every class, so that equal distributions have zero loss at every T.

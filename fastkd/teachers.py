@@ -40,20 +40,22 @@ times too often its classes were shown:
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import (
+from .core.checks import (
     as_int,
     check_constant,
     check_labels,
     check_one_logits,
     check_temperature,
+    check_vocab_size,
     is_number,
 )
-from .chunks import chunks, take
+from .core.chunks import chunks, take
 
 MEANS = ("probs", "logits")
 
@@ -264,3 +266,45 @@ def class_bias(
         return 0.0
     low, high = max(ranges, key=lambda r: r[1] - r[0])
     return (low + high) / 2
+
+
+class TopKTeacher(NamedTuple):
+    """What :func:`topk_teacher` returns; the second and third argument of topk_kd_loss."""
+
+    ids: Tensor  # [..., k] int64
+    log_probs: Tensor  # [..., k] float32 (float64 of float64), at T = 1
+
+
+def topk_teacher(teacher_logits: Tensor, k: int, vocab_size: int | None = None) -> TopKTeacher:
+    """The k most probable classes of every row with their log-probabilities, largest first.
+
+    Args:
+        teacher_logits: [..., V]; read a few rows at a time, nothing of N x V is made.
+        k: how many; all where there are fewer.
+        vocab_size: number of leading classes that take part, and over which the probabilities sum
+            to 1; None: all.
+
+    Raises:
+        TypeError, ValueError: as :func:`kd_loss`.
+
+    Examples:
+        >>> ids, log_probs = fastkd.topk_teacher(torch.randn(8, 32000), 64)
+        >>> student = torch.randn(8, 32000, requires_grad=True)
+        >>> fastkd.topk_kd_loss(student, ids, log_probs, temperature=2.0).backward()
+    """
+    check_one_logits("teacher_logits", teacher_logits)
+    vocab = check_vocab_size(vocab_size, teacher_logits.shape[-1], None)
+    k = as_int("k", k)
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    leading = teacher_logits.shape[:-1]
+    dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
+    shape = (math.prod(leading), min(k, vocab))
+    ids = torch.empty(shape, dtype=torch.int64, device=teacher_logits.device)
+    log_probs = torch.empty(shape, dtype=dtype, device=teacher_logits.device)
+    for rows in chunks(teacher_logits):
+        logits = take(teacher_logits.detach(), rows)[:, :vocab]
+        values, ids[rows] = logits.topk(shape[1], dim=-1)
+        lse = logits.to(dtype).logsumexp(-1, keepdim=True)
+        log_probs[rows] = values.to(dtype) - lse
+    return TopKTeacher(ids.view(*leading, shape[1]), log_probs.view(*leading, shape[1]))

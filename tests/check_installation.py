@@ -16,7 +16,7 @@ import torch
 import fastkd
 
 TREE = Path(__file__).parent.parent
-OPS = ("fastkd::kd_rows", "fastkd::scale_rows_")
+OPS = ("fastkd::dense_rows", "fastkd::scale_rows_")
 
 
 def expected_reasons(built: bool) -> list[str]:

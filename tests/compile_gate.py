@@ -21,7 +21,7 @@ from cubins import KERNELS, ROOT
 
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/configuration.h leaves out; see there
+PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/plan.h leaves out; see there
 PERSISTENT_TARGET = "sm_90"  # where that is to be measured first; a minute of compiling for each
 REGISTERS_PER_SM = 65536
 SMALL_VOCABULARY = 32768  # the smallest that the budgets are for
@@ -100,7 +100,7 @@ class Part:
         return self.count(rf"{access}\b.*\.128\b")
 
 
-def constant(name: str, kernel: str = "kd_rows") -> int:
+def constant(name: str, kernel: str = "dense_rows") -> int:
     """As the source of the kernel has it, or any header."""
     for path in (KERNELS / f"{kernel}.cu", *sorted(KERNELS.glob("*.h"))):
         if found := re.findall(rf"constexpr int {name} = (\d+);", path.read_text()):
@@ -109,7 +109,7 @@ def constant(name: str, kernel: str = "kd_rows") -> int:
 
 
 def vectors(variant: str, target: str) -> int:
-    """Of 8 columns, that a thread of this variant of kd_rows holds in registers."""
+    """Of 8 columns, that a thread of this variant of dense_rows holds in registers."""
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
@@ -132,11 +132,11 @@ LOCAL = r"(LDL|STL)\b"
 def core(name: str, target: str, code: list[Instruction]) -> Figures:
     """The core that keeps a slice in registers: its code is straight, a thread's pairs unrolled."""
     pairs = vectors(name, target) * constant("kPerLane")
-    file = "registers.h"
+    file = "fast.h"
     every = Part(code, file, "run")
-    load, gradient = Part(code, "slice.h", "load"), Part(code, file, "write_gradient")
+    load, gradient = Part(code, "held.h", "load"), Part(code, file, "write_gradient")
     sums = Part(code, file, "sum_soft")
-    shifted = Part(load.code, "columns.h", "load_shifted")
+    shifted = Part(load.code, "load.h", "load_shifted")
     # The label set apart: every warp looks for it, one has it, and one makes its term.
     left_out = Part(code, file, "leave_out_label").code
     once = Part(left_out, "row.h", "left_out").code + Part(left_out, file, "leave_out").code
@@ -154,29 +154,27 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     return {
         "local_accesses": every.count(LOCAL),
         "loads_of_128_bits": load.wide("LDG") - shifted.wide("LDG"),
-        "stores_of_128_bits": Part(gradient.code, "columns.h", "store_aligned").wide("STG"),
+        "stores_of_128_bits": Part(gradient.code, "load.h", "store_aligned").wide("STG"),
         "misaligned_loads_of_128_bits": shifted.wide("LDG"),
-        "misaligned_stores_of_128_bits": Part(gradient.code, "columns.h", "store_shifted").wide(
-            "STG"
-        ),
+        "misaligned_stores_of_128_bits": Part(gradient.code, "load.h", "store_shifted").wide("STG"),
         "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
         "instructions_per_pair_of_the_sums": sums.per(pairs),
         # What a teacher's probabilities cost besides, and the label set apart.
         "instructions_per_pair_of_the_logarithms": Part(code, file, "take_logarithms").per(pairs),
         "instructions_per_pair_of_the_label": round((each + len(once) / warps) / pairs, 2),
-        "reread_loads_of_128_bits": Part(code, "reread_slice.h", "each_step").wide("LDG"),
+        "reread_loads_of_128_bits": Part(code, "careful_slice.h", "each_step").wide("LDG"),
         # Some of their lines are lost where ptxas has joined them: not all name their function.
-        "reread_stores_of_128_bits": Part(code).beside("reread.h").beside("columns.h").wide("STG"),
+        "reread_stores_of_128_bits": Part(code).beside("careful.h").beside("load.h").wide("STG"),
     }
 
 
 def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
     """The same of a sparse teacher's rows: by columns, where a slice is in registers."""
     columns = vectors(name, target) * constant("kPerLane")
-    file = "topk_row.h"
-    load, held = Part(code, "slice.h", "load"), Part(code, "slice.h", "each")
+    file = "sparse.h"
+    load, held = Part(code, "held.h", "load"), Part(code, "held.h", "each")
     sums, gradient = Part(held.code, file, "sum_classes"), Part(held.code, file, "write_classes")
-    shifted = Part(load.code, "columns.h", "load_shifted")
+    shifted = Part(load.code, "load.h", "load_shifted")
     kept = {id(i) for i in held.code}
 
     def again(function: str) -> Part:
@@ -186,11 +184,9 @@ def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
     return {
         "local_accesses": Part(code).count(LOCAL),
         "loads_of_128_bits": load.wide("LDG") - shifted.wide("LDG"),
-        "stores_of_128_bits": Part(gradient.code, "columns.h", "store_aligned").wide("STG"),
+        "stores_of_128_bits": Part(gradient.code, "load.h", "store_aligned").wide("STG"),
         "misaligned_loads_of_128_bits": shifted.wide("LDG"),
-        "misaligned_stores_of_128_bits": Part(gradient.code, "columns.h", "store_shifted").wide(
-            "STG"
-        ),
+        "misaligned_stores_of_128_bits": Part(gradient.code, "load.h", "store_shifted").wide("STG"),
         # In the gradient a second one for a hard term at another temperature.
         "exponentials_per_column_of_the_sums": round(sums.count(EXPONENTIAL) / columns, 3),
         "exponentials_per_column_of_the_gradient": round(gradient.count(EXPONENTIAL) / columns, 3),
@@ -203,7 +199,7 @@ def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
 def variant(name: str) -> str | None:
     """A kernel's name in the table, from its mangled one."""
     found = re.search(
-        r"\d(kd_rows|topk_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?ModeE(\d))?)?",
+        r"\d(dense_rows|sparse_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?ModeE(\d))?)?",
         name,
     )
     if found is None:
@@ -225,16 +221,16 @@ def figures(cubin: cubins.Cubin, target: str, persistent: bool = False) -> dict[
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
         if persistent:
-            if not name.startswith("kd_rows Cluster"):
+            if not name.startswith("dense_rows Cluster"):
                 continue  # as without it, or never in use
             name += " persistent"
         kernel = code[mangled]
         if empty(kernel):
             continue
         found[name] = resource | {"instructions": len(kernel)}
-        if name.startswith("kd_rows"):
+        if name.startswith("dense_rows"):
             found[name] |= core(name, target, kernel)
-        elif name.startswith("topk_rows"):
+        elif name.startswith("sparse_rows"):
             found[name] |= topk_core(name, target, kernel)
         else:
             every = Part(kernel)
@@ -256,7 +252,7 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
         if of[what]:
             yield f"{name}: {what} is {of[what]}, not 0"
     held = 1 if kernel == "scale_rows" else vectors(name, target)
-    rows = 2 if kernel == "kd_rows" else 1
+    rows = 2 if kernel == "dense_rows" else 1
     at_least = {
         # 16 bytes of a 16-bit dtype and twice 16 of float32.
         "loads_of_128_bits": 2 * rows * held,
@@ -296,7 +292,7 @@ def measure() -> dict[str, Any]:
         return figures(of_module or cubins.compile_for(source, target), target)
 
     def of_persistent() -> dict[str, Figures]:
-        cubin = cubins.compile_for(KERNELS / "kd_rows.cu", PERSISTENT_TARGET, PERSISTENT)
+        cubin = cubins.compile_for(KERNELS / "kernels.cu", PERSISTENT_TARGET, PERSISTENT)
         return figures(cubin, PERSISTENT_TARGET, persistent=True)
 
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}

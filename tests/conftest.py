@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fastkd
-from fastkd import triton_backend
+from fastkd.kernels import triton as triton_backend
 
 __all__ = ["INF", "NAN", "assert_close"]  # for tests, beside what is defined here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,6 +107,8 @@ def _ready(backend: Backend) -> Backend:
     reasons = fastkd.backends()[backend.name]
     if reasons:
         pytest.skip(f"{backend.name}: " + "; ".join(reasons))
+    if backend.emulated:  # here, for a test of another backend would wait for the compiler
+        build.load()
     return backend
 
 

@@ -69,7 +69,7 @@ def read(path: Path) -> Cubin:
 def compile_for(source: Path, target: str, *defines: str) -> Cubin:
     """From the cache under the user's, where the same sources were compiled before."""
     key = hashlib.sha256(repr((FLAGS, defines, release(nvcc()), target, source.name)).encode())
-    for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "rows.h"}):
+    for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "call.h"}):
         key.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd-gate"
     cubin = cache / f"{key.hexdigest()[:16]}.cubin"

@@ -11,15 +11,16 @@ import torch
 from emulation import build
 
 import fastkd
-from fastkd import cuda, ops, spec
+from fastkd import kernels, spec
+from fastkd.kernels import cuda
 
 CPU, FLOAT, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
 
 
-def _ops(suffix: str = "") -> ops.Ops:
-    names = (f"kd_rows{suffix}", f"scale_rows{suffix}_", f"topk_rows{suffix}")
+def _ops(suffix: str = "") -> kernels.Ops:
+    names = (f"dense_rows{suffix}", f"scale_rows{suffix}_", f"sparse_rows{suffix}")
     kernels = (getattr(torch.ops.fastkd, name).default for name in names)
-    return ops.Ops(*kernels, sparse_teacher=spec.sparse_teacher)
+    return kernels.Ops(*kernels, order_named=spec.order_named)
 
 
 NATIVE, REFERENCE = _ops(), _ops("_reference")
@@ -54,8 +55,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(cuda, "_TARGETS", [cuda.Target.parse(name) for name in targets])
-        monkeypatch.setitem(ops._BACKENDS, "cuda", ops._BACKENDS["cuda"]._replace(missing=[]))
-        monkeypatch.setattr(ops, "_CHOSEN", {})
+        monkeypatch.setitem(kernels.BACKENDS, "cuda", kernels.BACKENDS["cuda"]._replace(missing=[]))
+        monkeypatch.setattr(kernels, "_CHOSEN", {})
         return asked
 
     return install
@@ -84,33 +85,33 @@ def test_targets(targets, runs_on, not_on):
 
 def test_auto_takes_the_kernels_where_they_run(machine):
     asked = machine((7, 5), (9, 0))
-    assert ops.choose_backend("auto", gpu(0), FLOAT) == REFERENCE
-    assert ops.choose_backend("auto", gpu(1), FLOAT) == NATIVE
-    assert ops.choose_backend("cuda", gpu(1), FLOAT) == NATIVE
+    assert kernels.choose_backend("auto", gpu(0), FLOAT) == REFERENCE
+    assert kernels.choose_backend("auto", gpu(1), FLOAT) == NATIVE
+    assert kernels.choose_backend("cuda", gpu(1), FLOAT) == NATIVE
     assert fastkd.backends()["cuda"] == []  # on one of the two it can
     with pytest.raises(RuntimeError, match=r"'cuda'.*GPU 0, GPU of 7\.5,.*7\.5.*sm_80, "):
-        ops.choose_backend("cuda", gpu(0), FLOAT)
+        kernels.choose_backend("cuda", gpu(0), FLOAT)
     before = list(asked)
     for _ in range(3):
-        ops.choose_backend("auto", gpu(0), FLOAT)
-        ops.choose_backend("cuda", gpu(1), FLOAT)
+        kernels.choose_backend("auto", gpu(0), FLOAT)
+        kernels.choose_backend("cuda", gpu(1), FLOAT)
     assert asked == before
 
 
 def test_float64_on_a_gpu_goes_to_the_definition(machine):
     machine((9, 0))
-    assert ops.choose_backend("auto", gpu(), DOUBLE) == REFERENCE
-    assert ops.choose_backend("auto", gpu(), FLOAT) == NATIVE
+    assert kernels.choose_backend("auto", gpu(), DOUBLE) == REFERENCE
+    assert kernels.choose_backend("auto", gpu(), FLOAT) == NATIVE
     with pytest.raises(TypeError, match=r"'cuda' takes float32, bfloat16 and float16.*float64"):
-        ops.choose_backend("cuda", gpu(), DOUBLE)
+        kernels.choose_backend("cuda", gpu(), DOUBLE)
 
 
 def test_float64_is_refused_before_anything_is_written(monkeypatch):
     """By a backend on the CPU, for want of a GPU; either of the logits decides."""
     monkeypatch.setitem(
-        ops._BACKENDS, "reference", ops._BACKENDS["reference"]._replace(float64=False)
+        kernels.BACKENDS, "reference", kernels.BACKENDS["reference"]._replace(float64=False)
     )
-    monkeypatch.setattr(ops, "_CHOSEN", {})
+    monkeypatch.setattr(kernels, "_CHOSEN", {})
     for dtypes in ((DOUBLE, DOUBLE), (FLOAT, DOUBLE), (DOUBLE, FLOAT)):
         student, teacher = (torch.ones(2, 3, dtype=dtype) for dtype in dtypes)
         student = student.requires_grad_() * 1
@@ -127,7 +128,7 @@ def test_reasons(machine, monkeypatch):
     machine()
     assert fastkd.backends()["cuda"] == ["torch.cuda sees no GPU"]
     with pytest.raises(RuntimeError, match="sees no GPU; the logits are on cpu, not on cuda"):
-        ops.choose_backend("cuda", CPU, FLOAT)
+        kernels.choose_backend("cuda", CPU, FLOAT)
 
     def broken(index):
         raise RuntimeError("the driver is too old")
@@ -141,7 +142,7 @@ def test_the_cpu_never_asks_for_a_gpu(machine):
     asked = machine((9, 0))
     for name in ("auto", "reference"):
         for dtype in (FLOAT, DOUBLE):
-            ops.choose_backend(name, CPU, dtype)
+            kernels.choose_backend(name, CPU, dtype)
     assert asked == [0]
 
 
@@ -181,7 +182,7 @@ def test_the_choice_inside_a_compiled_graph(machine):
 
         @torch.compile(fullgraph=True, backend="eager")
         def compiled(x, device=device, chosen=chosen):
-            chosen.append(ops.choose_backend("auto", device, x.dtype))
+            chosen.append(kernels.choose_backend("auto", device, x.dtype))
             return x + 1
 
         compiled(torch.ones(3, dtype=dtype))

@@ -56,7 +56,7 @@ def measured():
 
 
 def test_problems_are_found():
-    assert not list(gate.problems("kd_rows", "sm_90", GOOD))
+    assert not list(gate.problems("dense_rows", "sm_90", GOOD))
     for what, bad in (
         ("registers", 129),
         ("stack_bytes", 8),
@@ -72,7 +72,7 @@ def test_problems_are_found():
         ("instructions_per_pair_of_the_label", 6.0),
         ("instructions_per_column_of_the_sums", 24.0),
     ):
-        assert len(list(gate.problems("kd_rows", "sm_90", {**GOOD, what: bad}))) == 1, what
+        assert len(list(gate.problems("dense_rows", "sm_90", {**GOOD, what: bad}))) == 1, what
 
 
 @needs_tools
@@ -82,7 +82,7 @@ def test_a_planted_spill_is_seen(planted):
     narrow = next(of for name, of in found.items() if "narrow" in name)
     assert spilling["registers"] <= 32 and spilling["stack_bytes"] > 0
     assert narrow["stack_bytes"] == 0
-    assert any("stack_bytes" in x for x in gate.problems("kd_rows", "sm_90", GOOD | spilling))
+    assert any("stack_bytes" in x for x in gate.problems("dense_rows", "sm_90", GOOD | spilling))
 
 
 @needs_tools

@@ -8,7 +8,7 @@ from bounds import Allowance
 from conftest import BETAS, INF, NAN, assert_close, check, normal, pair, run, some_labels
 
 import fastkd
-from fastkd import dkd_loss, kd_loss, ops, topk_kd_loss, topk_teacher
+from fastkd import dkd_loss, kd_loss, kernels, topk_kd_loss, topk_teacher
 from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -251,7 +251,7 @@ def test_odd_weight_or_temperature_stays_in_its_row(backend, monkeypatch, name, 
 
     float16 above all, whose gradient is stored scaled. Values that are not looked at, as on a GPU.
     """
-    monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+    monkeypatch.setattr(fastkd.core.checks, "on_host", lambda tensor: False)
     for dtype in (*DTYPES, torch.float64) if backend.float64 else DTYPES:
         s, t = pair(3, 3000, dtype=dtype)
         labels = some_labels(3, 3000)
@@ -302,8 +302,8 @@ def test_num_items_0_where_every_row_is_ignored(backend, monkeypatch, of, unchec
     """As a trainer counts them where truncation cut every answer. A row that counts is an error of
     the caller; where it cannot be looked at, its loss is infinite."""
     if unchecked:
-        monkeypatch.setattr(fastkd.request, "on_host", lambda tensor: False)
-        monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+        monkeypatch.setattr(fastkd.core.call, "on_host", lambda tensor: False)
+        monkeypatch.setattr(fastkd.core.checks, "on_host", lambda tensor: False)
     s, t = (x.to(backend.device) for x in pair(4, 7))
     s[0, 0] = NAN
     num_items = 0 if of == "number" else torch.zeros((), dtype=torch.long, device=backend.device)
@@ -331,7 +331,7 @@ def test_num_items_0_where_every_row_is_ignored(backend, monkeypatch, of, unchec
 @pytest.mark.parametrize("which", ["temperature", "teacher_temperature"])
 def test_a_temperature_that_could_not_be_checked(backend, monkeypatch, which, T):
     """NaN for its row, and in no other; not a row that is skipped since T^2 is 0."""
-    monkeypatch.setattr(fastkd.arguments, "on_host", lambda tensor: False)
+    monkeypatch.setattr(fastkd.core.checks, "on_host", lambda tensor: False)
     s, t = (x.to(backend.device) for x in pair(3, 7))
     labels = torch.tensor([1, 2, 3], device=backend.device)
     temperature = torch.tensor([1.0, T, 2.0], device=backend.device)
@@ -394,7 +394,7 @@ def test_rows_that_keep_every_class_beside_others_that_do_not(kernel, divergence
     one, labels = torch.ones(8), some_labels(8, V)
 
     def terms(name, device, keep, rows=slice(None)):
-        op = ops.choose_backend(name, torch.device(device), torch.float32).kd_rows
+        op = kernels.choose_backend(name, torch.device(device), torch.float32).dense_rows
         g = torch.empty(len(s[rows]), V, device=device)
         vectors = (
             x if x is None else x[rows].to(device)

@@ -64,13 +64,13 @@ FAULTS = {
     ),
     "the classes a sparse teacher names are looked up before they are all marked": (
         CLUSTERS,
-        "topk_row.h",
+        "sparse.h",
         "named_[bit / 32], 1u << bit % 32);\n    });\n    __syncthreads();",
         "named_[bit / 32], 1u << bit % 32);\n    });",
     ),
     "the gradient of a class that a sparse teacher names is put back before it is there": (
         CLUSTERS,
-        "topk_row.h",
+        "sparse.h",
         "if (puts_back) write_named();\n      __syncthreads();",
         "if (puts_back) write_named();",
     ),
@@ -82,13 +82,13 @@ FAULTS = {
     ),
     "the tail is one column too long": (
         CLUSTERS,
-        "columns.h",
+        "load.h",
         "return column < view.columns ? reinterpret_cast",
         "return column <= view.columns ? reinterpret_cast",
     ),
     "the tail is written one column too far": (
         CLUSTERS,
-        "columns.h",
+        "load.h",
         "if (column < view.columns) reinterpret_cast<uint32_t*>",
         "if (column <= view.columns) reinterpret_cast<uint32_t*>",
     ),
@@ -112,7 +112,7 @@ FAULTS = {
     ),
     "the next row's slices come into the stage while others still read this one's": (
         ONE_PERSISTENT,
-        "slice.h",
+        "held.h",
         "__syncthreads();  // all of the stage has been read",
         "",
     ),

@@ -13,11 +13,11 @@ from benchmarks.gpu import captured
 from fastkd import dkd_loss, kd_loss, topk_kd_loss, topk_teacher
 from fastkd.spec import FORWARD, MIXTURE
 
-GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "cuda"]
+GPUBACKENDS = [backend for backend in BACKENDS if backend.device == "cuda"]
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=GPU_BACKENDS, ids=str)
+@pytest.fixture(params=GPUBACKENDS, ids=str)
 def gpu(request):
     reasons = fastkd.backends()[request.param.name]
     if reasons:
@@ -223,26 +223,26 @@ def test_the_op_refuses_memory_of_another_device(gpu):
     one = torch.ones(7, device="cuda")
     ids = torch.arange(9, device="cuda").repeat(7, 1)
     sparse = (student, ids, ids.float(), one, labels, one, one, one, one, torch.empty_like(student))
-    torch.ops.fastkd.topk_rows(*sparse, 3001, False)
+    torch.ops.fastkd.sparse_rows(*sparse, 3001, False)
     for position in range(1, len(sparse)):
         bad = [*sparse, 3001, False]
         bad[position] = bad[position].cpu()
         with pytest.raises(RuntimeError, match=r"device|elsewhere"):
-            torch.ops.fastkd.topk_rows(*bad)
+            torch.ops.fastkd.sparse_rows(*bad)
     keep = torch.full((7,), 9, device="cuda")
     tensors = (student, teacher, labels, one, one, one, one, torch.empty_like(student), keep)
-    torch.ops.fastkd.kd_rows(*tensors, 3001, MIXTURE, one)
+    torch.ops.fastkd.dense_rows(*tensors, 3001, MIXTURE, one)
     for position in range(1, len(tensors)):
         bad = [*tensors, 3001, MIXTURE, one]
         bad[position] = bad[position].cpu()
         with pytest.raises(RuntimeError, match="device"):
-            torch.ops.fastkd.kd_rows(*bad)
+            torch.ops.fastkd.dense_rows(*bad)
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.fastkd.kd_rows(*tensors, 3001, MIXTURE, one.cpu())
+        torch.ops.fastkd.dense_rows(*tensors, 3001, MIXTURE, one.cpu())
     with pytest.raises(RuntimeError, match="device"):
         torch.ops.fastkd.scale_rows_(student, torch.ones(1))
     with pytest.raises(RuntimeError, match="float64"):
-        torch.ops.fastkd.kd_rows(student.double(), teacher.double(), None, one.double(),
+        torch.ops.fastkd.dense_rows(student.double(), teacher.double(), None, one.double(),
                                  one.double(), one.double(), None, None, None, 9, FORWARD,
                                  None)  # fmt: skip
     torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from conftest import BETAS, DTYPES, INF, NAN, assert_close, check, normal, run, 
 from torch import Tensor
 
 import fastkd
-from fastkd.ops import choose_backend
+from fastkd.kernels import choose_backend
 from fastkd.spec import FORWARD
 
 # Classes that are shared, and of the student: without a whole vector, around a tile and a chunk,
@@ -249,7 +249,7 @@ def test_labels_that_the_host_has_not_checked(kernel, hard_weight, decoupled):
     gradient, target = torch.full((1, 5, own), 7.0), torch.empty(5)
     weight = None if hard_weight is None else one * hard_weight
     given = (one, target) if decoupled else ()
-    op = choose_backend(kernel.name, z.device, z.dtype).kd_rows
+    op = choose_backend(kernel.name, z.device, z.dtype).dense_rows
     soft, hard = op(
         z[None], v[None], y, one, one, one, weight, gradient, None, shared, FORWARD, None, *given
     )

@@ -1,5 +1,5 @@
 """T = infinity: half the variance of the logits' difference; and T from 1000 on, on the way there,
-where kernels read rows as they do at infinity (csrc/cuda/logit_match.h, triton_limit.py)."""
+where kernels read rows as they do at infinity (csrc/cuda/flat.h, flat.py)."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from conftest import Backend, normal, pair, run
 from torch import Tensor
 
 import fastkd
-from fastkd import ops
+from fastkd import kernels
 from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 REFERENCE = Backend("reference")
@@ -207,7 +207,7 @@ def test_rows_at_the_limit_beside_others(backend, options):
     keep, divergence, beta = options
     results = []
     for name, device in ((backend.name, backend.device), ("reference", "cpu")):
-        op = ops.choose_backend(name, torch.device(device), torch.float32).kd_rows
+        op = kernels.choose_backend(name, torch.device(device), torch.float32).dense_rows
         rows, *vectors = (
             x.to(device, copy=True) for x in (z, v, labels, inverse, soft_weight, hard_weight)
         )

@@ -98,7 +98,7 @@ def test_no_rows_and_one_that_is_ignored(backend, method, N):
         assert (student.grad[1:] == 0).all()
 
 
-@pytest.mark.parametrize("op", ["kd_rows", "kd_rows_reference"])
+@pytest.mark.parametrize("op", ["dense_rows", "dense_rows_reference"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_opcheck_of_the_decoupled_terms(op, gradient):
     student, teacher = pair(6, 9)

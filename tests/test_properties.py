@@ -8,7 +8,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastkd import triton_backend
+from fastkd.kernels import triton as triton_backend
 
 # A fixed seed and no deadline: a failure here is a failure everywhere.
 SETTINGS = settings(

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import kd_loss
-from fastkd.request import _filled, _kept, _settled_on_host
+from fastkd.core.call import _filled, _kept, _settled_on_host
 
 T = 1.75  # of no other test
 

@@ -19,7 +19,7 @@ from fastkd.spec import FORWARD, MIXTURE, REVERSE
 pytestmark = pytest.mark.skipif(
     bool(fastkd.backends()["cpu"]), reason="; ".join(fastkd.backends()["cpu"])
 )
-OPS = ("kd_rows", "kd_rows_reference")
+OPS = ("dense_rows", "dense_rows_reference")
 
 
 def call(
@@ -189,14 +189,14 @@ def test_limiting_the_instruction_set_has_an_effect():
     """The bits of sums over another number of lanes differ; back at 0 they are the first again."""
     s, t = (x.float() for x in distinct(4, 3001))
     limit, last = torch.ops.fastkd.cpu_instruction_set, len(INSTRUCTION_SETS) - 1
-    first = call("kd_rows", s, t)
+    first = call("dense_rows", s, t)
     try:
         limit(last)
-        other = call("kd_rows", s, t)
+        other = call("dense_rows", s, t)
     finally:
         limit(0)
     assert not torch.equal(first[2], other[2])
-    assert torch.equal(first[2], call("kd_rows", s, t)[2])
+    assert torch.equal(first[2], call("dense_rows", s, t)[2])
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -206,7 +206,7 @@ def test_every_instruction_set_is_right(cpu_isa, beta):
     check(Backend("cpu"), s, t, some_labels(4, 3001), beta=beta, alpha=0.5, top_k=900)
 
 
-# (position, what is put there) of the arguments of kd_rows; two rows of 20.
+# (position, what is put there) of the arguments of dense_rows; two rows of 20.
 UNREADABLE = {
     "vector dtype": (3, torch.ones(2)),
     "vector length": (5, torch.ones(3).double()),
@@ -241,10 +241,10 @@ def test_the_op_refuses_what_it_cannot_read(change):
     like = {"dtype": torch.float64}
     args = [s[None], t[None], torch.tensor([1, 2]), *(torch.ones(2, **like) for _ in range(4)),
             torch.zeros(1, 2, 20, **like), torch.tensor([9, 20]), 20, FORWARD, None]  # fmt: skip
-    torch.ops.fastkd.kd_rows(*args)
+    torch.ops.fastkd.dense_rows(*args)
     at, args[at] = UNREADABLE[change]
     with pytest.raises(RuntimeError, match="fastkd"):
-        torch.ops.fastkd.kd_rows(*args)
+        torch.ops.fastkd.dense_rows(*args)
 
 
 def test_the_op_takes_the_same_rows_in_other_shapes():
@@ -255,7 +255,7 @@ def test_the_op_takes_the_same_rows_in_other_shapes():
     def gradient(*shapes):
         student, teacher = s.view(shapes[0]), t.view(shapes[1])
         dstudent = torch.zeros(shapes[2], dtype=torch.float64)
-        torch.ops.fastkd.kd_rows(
+        torch.ops.fastkd.dense_rows(
             student, teacher, None, ones, ones, ones, None, dstudent, None, 20, FORWARD, None
         )
         return dstudent.view(6, 20)

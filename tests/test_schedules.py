@@ -8,7 +8,7 @@ from conftest import INF, NAN, normal, pair, run
 
 import fastkd
 from fastkd import schedules
-from fastkd.arguments import number_kept
+from fastkd.core.checks import number_kept
 
 
 def test_the_examples_of_the_docstrings():

@@ -19,7 +19,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from fastkd import triton_backend
+from fastkd.kernels import triton as triton_backend
 
 SETTINGS = settings(
     max_examples=3 if triton_backend.INTERPRETED else 40,

@@ -12,7 +12,8 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import fastkd
-from fastkd import TopKKDLoss, arguments, chunks, sparse, spec, topk_teacher
+from fastkd import TopKKDLoss, losses, spec, topk_teacher
+from fastkd.core import checks, chunks
 
 kd_loss, topk_kd_loss = map(at_backend, (fastkd.kd_loss, fastkd.topk_kd_loss))
 OUTSIDE = ("bucket", "restrict", "renormalize")
@@ -177,7 +178,7 @@ def test_at_a_match_there_is_nothing_to_learn(backend, outside):
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_edges(backend, monkeypatch, outside):
     """-inf on either side, an empty bucket, probabilities beyond 1, a student with a tiny tail."""
-    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
+    monkeypatch.setattr(checks, "on_host", lambda tensor: False)
     z, v = pair(8, 50, dtype=backend.finest)
     ids, log_probs = topk_teacher(v, 6)
     z[0, ids[0, 0]] = -INF
@@ -230,8 +231,8 @@ def test_what_the_student_forbids_is_infinite_also_where_it_underflows(backend, 
 def test_rows_without_ids_do_not_count(backend, monkeypatch, outside, labelled, unchecked):
     """As rows that are ignored: whether by -1 or by a probability of 0, whatever they hold."""
     if unchecked:
-        monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
-        monkeypatch.setattr(sparse, "on_host", lambda tensor: False)
+        monkeypatch.setattr(checks, "on_host", lambda tensor: False)
+        monkeypatch.setattr(losses, "on_host", lambda tensor: False)
     z = normal(4, 30)
     z[0], z[2, 1] = NAN, NAN
     ids = torch.tensor([[-1, -1], [3, 4], [0, 0], [7, 0]])
@@ -316,7 +317,7 @@ def test_log_probabilities_that_are_logits(dtype):
 
 def test_ids_that_cannot_be_checked(backend, monkeypatch):
     """On a GPU they are not read back: their row becomes NaN, the others stay."""
-    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
+    monkeypatch.setattr(checks, "on_host", lambda tensor: False)
     z = normal(3, 30)
     ids = torch.tensor([[1, 30], [2, 3], [-2, 5]])
     for outside in OUTSIDE:
@@ -326,7 +327,7 @@ def test_ids_that_cannot_be_checked(backend, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function", [spec.sparse_teacher, torch.ops.fastkd.sparse_teacher], ids=["definition", "native"]
+    "function", [spec.order_named, torch.ops.fastkd.order_named], ids=["definition", "native"]
 )
 @pytest.mark.parametrize("k", [1, 2, 5, 40, 300])
 def test_classes_in_order(function, k):
@@ -388,11 +389,11 @@ def test_the_native_classes_are_the_defined_ones():
         log_probs = normal(500, 33, dtype=dtype) - 3
         for bucket in (False, True):
             args = (ids, log_probs, 50, bucket)
-            actual, expected = torch.ops.fastkd.sparse_teacher(*args), spec.sparse_teacher(*args)
+            actual, expected = torch.ops.fastkd.order_named(*args), spec.order_named(*args)
             assert torch.equal(actual[0], expected[0])
             eps = 1e-6 if dtype == torch.float32 else 1e-14
             torch.testing.assert_close(actual[1:], expected[1:], rtol=eps, atol=eps)
-            opcheck(torch.ops.fastkd.sparse_teacher.default, args)
+            opcheck(torch.ops.fastkd.order_named.default, args)
 
 
 def test_inplace_and_determinism(backend):
@@ -405,7 +406,7 @@ def test_inplace_and_determinism(backend):
     assert torch.equal(logits.grad, expected)
 
 
-@pytest.mark.parametrize("op", ["topk_rows", "topk_rows_reference"])
+@pytest.mark.parametrize("op", ["sparse_rows", "sparse_rows_reference"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_opcheck(op, gradient):
     z = normal(2, 3, 9)

@@ -11,7 +11,8 @@ from conftest import INF, NAN, normal, pair, run
 from torch.profiler import ProfilerActivity, profile
 
 import fastkd
-from fastkd import chunks, teachers
+from fastkd import teachers
+from fastkd.core import chunks
 
 
 def members(*shape, count=3, dtype=torch.float64):

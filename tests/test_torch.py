@@ -21,15 +21,15 @@ from fastkd import (
 )
 from fastkd.spec import MIXTURE
 
-KD_ROWS = ("kd_rows", "kd_rows_reference")
+DENSE_ROWS = ("dense_rows", "dense_rows_reference")
 SCALE_ROWS = ("scale_rows_", "scale_rows_reference_")
 
 
-@pytest.mark.parametrize("op", KD_ROWS)
+@pytest.mark.parametrize("op", DENSE_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("terms", ["soft", "hard", "both"])
-def test_opcheck_kd_rows(op, dtype, gradient, terms):
+def test_opcheck_dense_rows(op, dtype, gradient, terms):
     s, t = normal(2, 3, 9, dtype=dtype), normal(2, 3, 11, dtype=dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
 

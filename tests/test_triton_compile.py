@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fastkd import triton_backend
+from fastkd.kernels import triton as triton_backend
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -71,7 +71,7 @@ def test_machine_code(target, dtype, variant):
             # One without loads is over the classes that a sparse teacher names, which are held.
             ordinary = loop.loads and variant != "rows not alike"
             assert loop.exponentials == 0 or loop.barriers == 0 or not ordinary
-        if "sparse" not in variant:  # those of triton_limit.py: is_flat, the sums, and two passes
+        if "sparse" not in variant:  # those of flat.py: is_flat, the sums, and two passes
             assert sum(loop.loads[8] > 0 for loop in report.loops) <= 4
         # A counter is read again by every turn of the loop that waits at it.
         assert ("split" in variant) == any(loop.polls and loop.barriers for loop in report.loops)
@@ -103,7 +103,7 @@ def searches_one_lane(loop: aot.Loop) -> bool:
 
 def wide(loop: aot.Loop, target: str, sides: int) -> None:
     """128 bits at a time, at a V that is no multiple of anything; but the ends of a row. In
-    triton_limit.py half of that."""
+    flat.py half of that."""
     for accesses in (loop.loads, loop.stores):
         narrow = sum(count for size, count in accesses.items() if size < 8)
         assert narrow == 0 or accesses[16] + accesses[8] > 0

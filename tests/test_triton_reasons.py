@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import ops, triton_backend
+from fastkd import kernels
 from fastkd.__main__ import main
+from fastkd.kernels import triton as triton_backend
 
 REASONS = {
     "absent": "triton is not installed",
@@ -29,9 +30,9 @@ def case(request, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     reasons = triton_backend._missing()
     assert len(reasons) == 1
-    backend = ops._BACKENDS["triton"]._replace(missing=reasons)
-    monkeypatch.setitem(ops._BACKENDS, "triton", backend)
-    monkeypatch.setattr(ops, "_CHOSEN", {})
+    backend = kernels.BACKENDS["triton"]._replace(missing=reasons)
+    monkeypatch.setitem(kernels.BACKENDS, "triton", backend)
+    monkeypatch.setattr(kernels, "_CHOSEN", {})
     return request.param
 
 

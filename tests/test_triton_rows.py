@@ -14,9 +14,9 @@ if fastkd.backends()["triton"]:
 import triton
 import triton.language as tl
 
+from fastkd.kernels.triton.load import row_offset
+from fastkd.kernels.triton.select import kth_largest
 from fastkd.spec import FORWARD, MIXTURE
-from fastkd.triton_math import row_offset
-from fastkd.triton_select import kth_largest
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
 pytestmark = [] if TRITON.interpreted else [pytest.mark.gpu]  # what benchmarks/on_gpu.sh runs
@@ -69,7 +69,7 @@ def test_nothing_is_written_beside_the_rows(inverse):
         base[:, 5 : 5 + V] = s
         vector = torch.ones(3, device=TRITON.device)
         t, rows, T = t.to(TRITON.device), base[:, 5 : 5 + V], inverse * vector
-        torch.ops.fastkd.kd_rows_triton(
+        torch.ops.fastkd.dense_rows_triton(
             rows, t, None, T, T, vector, None, rows, None, V, FORWARD, None
         )
         torch.ops.fastkd.scale_rows_triton_(rows, 2 * vector)
@@ -116,14 +116,14 @@ def test_sparse_gradients_stay_in_their_rows():
     rows.copy_(s)
     ids = torch.tensor([[0, 49, 50]], device=TRITON.device).repeat(3, 1)
     log_probs = torch.full((3, 3), -1.0, device=TRITON.device)
-    out = torch.ops.fastkd.topk_rows_triton(
+    out = torch.ops.fastkd.sparse_rows_triton(
         rows, ids, log_probs, -vector, None, vector, vector, vector, None, rows, 50, False
     )
     assert (base[:, :5] == 77).all() and (base[:, 55:] == 77).all() and out[0].isfinite().all()
     assert (rows.sum(-1).abs() < 1e-6).all() and (rows != s.to(TRITON.device)).all()
     ids[1, 0] = -1  # no class; of the bare op the row is spoilt, and nothing before it is read
     g = torch.empty_like(rows)
-    soft, _ = torch.ops.fastkd.topk_rows_triton(
+    soft, _ = torch.ops.fastkd.sparse_rows_triton(
         s.to(TRITON.device), ids, log_probs, -vector, None, vector, vector, vector, None, g, 50,
         False,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def test_rows_of_two_and_of_three_dimensions():
         )
         for shape in ((6, 30), (2, 3, 30)):
             g = torch.empty(shape, device=TRITON.device)
-            soft, _ = torch.ops.fastkd.kd_rows_triton(
+            soft, _ = torch.ops.fastkd.dense_rows_triton(
                 student, teacher, None, vector, vector, vector, None, g, None, 30, FORWARD, None
             )
             results.append((soft, g.view(6, 30)))
@@ -183,7 +183,7 @@ def test_the_bare_op_reads_nothing_that_is_not_there():
             arguments[int(place[1:])] = value
         arguments = [x.to(TRITON.device) if torch.is_tensor(x) else x for x in arguments]
         with pytest.raises(ValueError, match="fastkd"):
-            torch.ops.fastkd.kd_rows_triton(*arguments)
+            torch.ops.fastkd.dense_rows_triton(*arguments)
 
     refused(_1=s[:2])
     refused(_1=s[:, :8])

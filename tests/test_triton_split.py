@@ -12,14 +12,14 @@ import torch
 from conftest import BACKENDS, INF, NAN, check, normal, pair, run, some_labels
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd import triton_backend
+from fastkd.kernels import triton as triton_backend
 
 if not triton_backend.INTERPRETED or triton_backend.MISSING:
     pytest.skip("in Triton's interpreter", allow_module_level=True)
 
 import triton_interpreter as turns
 
-from fastkd import triton_launch
+from fastkd.kernels.triton import launch as triton_launch
 from fastkd.spec import FORWARD
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -75,7 +75,7 @@ def test_counters_are_enough():
         vector = torch.ones(4)
         g = torch.empty(4, V + 40)
         wide = torch.cat([s, torch.zeros(4, 40)], 1)
-        soft, hard = torch.ops.fastkd.kd_rows_triton(
+        soft, hard = torch.ops.fastkd.dense_rows_triton(
             wide, t, torch.tensor([0, V, -3, 1]), vector, vector, vector, vector, g, None, V,
             FORWARD, None,
         )  # fmt: skip
@@ -139,7 +139,7 @@ def test_nothing_outlives_a_launch(monkeypatch):
     """On a GPU, every call takes all its memory from the pool of that call, a CUDA graph's for one,
     and leaves none of it behind: the second as the first."""
     launches = Launches()
-    monkeypatch.setattr(triton_launch.kernels, "kd_rows_kernel", launches)
+    monkeypatch.setattr(triton_launch.kernels, "dense_rows_kernel", launches)
     monkeypatch.setattr(
         triton_launch, "_rows", lambda rows: triton_launch._Rows(rows, True, 0, 0, V)
     )
@@ -153,7 +153,7 @@ def test_nothing_outlives_a_launch(monkeypatch):
         rows, vector = (torch.empty(*size).as_subclass(OnGpu) for size in ((N, V), (N,)))
         for _ in range(2):
             with Allocations() as allocations:
-                triton_launch.kd_rows(
+                triton_launch.dense_rows(
                     rows, rows, None, vector, vector, vector, None, rows, None, V, FORWARD, None
                 )
             made.append(allocations.names)

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import fastkd
-from fastkd import options
+from fastkd.core import options
 
 ROOT = Path(__file__).parent.parent
 

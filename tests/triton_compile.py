@@ -15,7 +15,7 @@ from machine_code import Loop, Report, report
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastkd import triton_launch
+from fastkd.kernels.triton import launch as triton_launch
 from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 TARGETS = {
@@ -129,7 +129,7 @@ def launch(
     teacher = torch.empty(N, V + teacher_pad, dtype=teacher_dtype or dtype)
     vector = torch.empty(N)
     if named:
-        triton_launch.topk_rows(
+        triton_launch.sparse_rows(
             student, torch.empty(N, named, dtype=torch.int64), torch.empty(N, named),
             vector if outside == "bucket" else None,
             torch.empty(N, dtype=torch.int64) if hard else None, vector, vector, vector,
@@ -137,7 +137,7 @@ def launch(
             outside == "restrict",
         )  # fmt: skip
         return
-    triton_launch.kd_rows(
+    triton_launch.dense_rows(
         student, teacher,
         torch.empty(N, dtype=torch.int64) if hard or decoupled else None, vector, vector,
         vector if soft else None, vector if hard else None,

@@ -6,7 +6,7 @@ What it does otherwise than a GPU, and why the kernels may not care:
   subnormals. The bounds of bounds.py leave room for both; no kernel takes a value for exact.
 - a * b + c is rounded twice. Where a GPU rounds once it is better, so no kernel needs that it does.
 - float32 to bfloat16 truncates, and subnormal bfloat16 reads as 0: to_stored and to_float in
-  triton_math.py go by the bits, to_stored in the interpreter alone.
+  load.py go by the bits, to_stored in the interpreter alone.
 - max and maximum: whether a NaN survives differs by version and by target. No kernel finds a NaN
   by a maximum; sums carry it.
 - A program runs as one thread: no race inside of it and no missing barrier shows. Kernels read what
@@ -29,7 +29,7 @@ from collections.abc import Iterator
 
 from triton.runtime import interpreter
 
-from fastkd import triton_launch
+from fastkd.kernels.triton import launch as triton_launch
 
 
 def patch_once() -> None:

@@ -1,7 +1,7 @@
 // The elementary functions of the loss: branch-free, so that loops over them vectorise.
 #pragma once
 
-#include "dtypes.h"
+#include "load.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

@@ -1,4 +1,4 @@
-// The CPU backend's ops: rows to threads. Schemas are defined in Python (fastkd/ops.py).
+// The CPU backend's ops: rows to threads. Schemas are defined in Python (fastkd/core/ops.py).
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -10,9 +10,9 @@
 #include <string>
 
 #include "../module.h"
-#include "../tensors.h"
-#include "kernel.h"
-#include "sparse_teacher.h"
+#include "../torch_ops.h"
+#include "dispatch.h"
+#include "order_named.h"
 
 namespace fastkd {
 namespace {
@@ -56,21 +56,21 @@ void advise_huge_pages(const Rows& rows, int64_t N) {
 #endif
 }
 
-void kd_rows_cpu(const KdRows& call, const Tensor&) {
+void dense_rows_cpu(const DenseRows& call, const Tensor&) {
   const bool is_own = call.dstudent.data != nullptr && call.dstudent.data != call.student.data;
   if (is_own && call.dstudent.is_contiguous()) advise_huge_pages(call.dstudent, call.N);
   parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::kd_rows_double : cpu::kernels().kd_rows)(call, next);
+    (call.is_double ? cpu::dense_rows_double : cpu::kernels().dense_rows)(call, next);
   });
 }
 
-void topk_rows_cpu(const TopkRows& call, const Tensor&) {
+void sparse_rows_cpu(const SparseRows& call, const Tensor&) {
   if (call.dstudent.data != nullptr && call.dstudent.data != call.student.data &&
       call.dstudent.is_contiguous()) {
     advise_huge_pages(call.dstudent, call.N);
   }
   parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::topk_rows_double : cpu::kernels().topk_rows)(call, next);
+    (call.is_double ? cpu::sparse_rows_double : cpu::kernels().sparse_rows)(call, next);
   });
 }
 
@@ -97,8 +97,8 @@ void sparse_teacher_of(const Tensor& ids, const Tensor& log_probs, const Tensor&
                 [&](std::atomic<int64_t>& next) { cpu::order_rows(call, next); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_teacher_cpu(const Tensor& ids, const Tensor& log_probs,
-                                                      int64_t vocab_size, bool bucket) {
+std::tuple<Tensor, Tensor, Tensor> order_named_cpu(const Tensor& ids, const Tensor& log_probs,
+                                                   int64_t vocab_size, bool bucket) {
   const DType compute = dtype(log_probs);
   STD_TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == ScalarType::Long && ids.is_contiguous() &&
                       log_probs.numel() == ids.numel() && log_probs.is_contiguous() &&
@@ -134,9 +134,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::kd_rows_cpu>));
-  m.impl("topk_rows", TORCH_BOX(&fastkd::topk_rows<fastkd::topk_rows_cpu>));
-  m.impl("sparse_teacher", TORCH_BOX(&fastkd::sparse_teacher_cpu));
+  m.impl("dense_rows", TORCH_BOX(&fastkd::dense_rows<fastkd::dense_rows_cpu>));
+  m.impl("sparse_rows", TORCH_BOX(&fastkd::sparse_rows<fastkd::sparse_rows_cpu>));
+  m.impl("order_named", TORCH_BOX(&fastkd::order_named_cpu));
   m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cpu>));
 }
 

@@ -1,7 +1,7 @@
 // Packing the values that a mask selects: the one loop that no compiler vectorises by itself. A
 // sixth of the time with AVX-512, a third with AVX2.
 #pragma once
-#include "columns.h"
+#include "fast.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

@@ -1,6 +1,6 @@
 // Reading the columns of a row in order: chunks, lines of lanes, and what is touched early.
 #pragma once
-#include "dtypes.h"
+#include "load.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

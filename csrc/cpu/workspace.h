@@ -1,6 +1,6 @@
 // The working memory of a thread, and the sums that a row keeps while it is read.
 #pragma once
-#include "columns.h"
+#include "fast.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

@@ -19,7 +19,7 @@
 // it has everyone's part of the exchange between, which each sends only after it has read this
 // one's: so nobody is still reading.
 #pragma once
-#include "configuration.h"
+#include "plan.h"
 #include "sums.h"
 
 namespace fastkd::cuda {
@@ -46,7 +46,7 @@ class Cluster {
     int row, count;
   };
 
-  __device__ Cluster(Shared& shared, const KdRows& call, const Plan& plan, unsigned*)
+  __device__ Cluster(Shared& shared, const DenseRows& call, const Plan& plan, unsigned*)
       : shared_(shared), call_(call), plan_(plan) {}
 #ifdef FASTKD_CLUSTERS
   __device__ void start() {
@@ -137,7 +137,7 @@ class Cluster {
   __device__ int count() const { return fresh(shared_.count); }
 
   Shared& shared_;
-  const KdRows& call_;
+  const DenseRows& call_;
   const Plan& plan_;
 };
 
@@ -172,7 +172,7 @@ class Tickets {
     int row, rank, count;
   };
 
-  __device__ Tickets(Shared& shared, const KdRows& call, const Plan& plan, unsigned* workspace)
+  __device__ Tickets(Shared& shared, const DenseRows& call, const Plan& plan, unsigned* workspace)
       : shared_(shared), call_(call), plan_(plan), workspace_(workspace) {}
   __device__ void start() {
     if (threadIdx.x == 0) {
@@ -270,7 +270,7 @@ class Tickets {
   }
 
   Shared& shared_;
-  const KdRows& call_;
+  const DenseRows& call_;
   const Plan& plan_;
   unsigned* const workspace_;
 };

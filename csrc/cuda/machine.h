@@ -1,7 +1,7 @@
 // What the GPU does that C++ has no name for. The kernels use nothing below this header, so that
 // tests/emulation/cuda_emulation.h, which comes before it there, can stand in for the machine.
 #pragma once
-#include "../rows.h"
+#include "../call.h"
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>

@@ -1,5 +1,6 @@
 // The CUDA backend's ops: device, stream and scratch memory for the kernels. Schemas are defined in
-// Python (fastkd/ops.py). Neither torch's CUDA headers nor a torch with CUDA is needed to compile.
+// Python (fastkd/core/ops.py). Neither torch's CUDA headers nor a torch with CUDA is needed to
+// compile.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -7,7 +8,7 @@
 #include <string>
 
 #include "../module.h"
-#include "../tensors.h"
+#include "../torch_ops.h"
 #include "kernel.h"
 
 namespace fastkd {
@@ -26,7 +27,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Of cuda::kd_rows or cuda::topk_rows.
+// Of cuda::dense_rows or cuda::sparse_rows.
 template <auto run, class Call>
 void launch(const Call& call, const Tensor& student) {
   if (call.is_double || call.dstudent.dtype == DType::kDouble)
@@ -65,8 +66,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
-  m.impl("kd_rows", TORCH_BOX(&fastkd::kd_rows<fastkd::launch<fastkd::cuda::kd_rows>>));
-  m.impl("topk_rows", TORCH_BOX(&fastkd::topk_rows<fastkd::launch<fastkd::cuda::topk_rows>>));
+  m.impl("dense_rows", TORCH_BOX(&fastkd::dense_rows<fastkd::launch<fastkd::cuda::dense_rows>>));
+  m.impl("sparse_rows", TORCH_BOX(&fastkd::sparse_rows<fastkd::launch<fastkd::cuda::sparse_rows>>));
   m.impl("scale_rows_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_cuda>));
 }
 

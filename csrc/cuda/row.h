@@ -1,4 +1,4 @@
-// What the cores of a row share (registers.h, reread.h, logit_match.h): its arguments, its slice,
+// What the cores of a row share (fast.h, careful.h, flat.h): its arguments, its slice,
 // the sums over all its CTAs, and what is written of it besides the gradient proper.
 #pragma once
 #include "decoupled.h"
@@ -22,7 +22,7 @@ struct RowArguments {
   bool has_tail;   // a hard term, and classes from vocab on, which the student has alone
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
-  bool matches_logits;  // T is large: the soft term is that of logit_match.h, where logits are not
+  bool matches_logits;  // T is large: the soft term is that of flat.h, where logits are not
   // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
   // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
   int power;
@@ -32,7 +32,7 @@ struct RowArguments {
   }
 };
 
-// 1 / T of rows that are left to logit_match.h: from there on it is the more exact one.
+// 1 / T of rows that are left to flat.h: from there on it is the more exact one.
 constexpr float kMatchesLogits = 1e-3f;
 
 // Where part `rank` of `size` begins.
@@ -41,7 +41,7 @@ __device__ __forceinline__ int share(int all, int rank, int size) {
   return each * rank + min(rank, over);
 }
 
-__device__ inline RowArguments row_arguments(const KdRows& call, int row, int rank, int size) {
+__device__ inline RowArguments row_arguments(const DenseRows& call, int row, int rank, int size) {
   const auto vector = [&](const void* values) {
     return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
   };
@@ -97,7 +97,7 @@ struct Ahead {
   uint64_t barrier;  // a phase for each of them
 };
 
-// Of a row with a sparse teacher; see topk_row.h.
+// Of a row with a sparse teacher; see sparse.h.
 struct TopkShared {
   float teacher_frame, student_frame;  // in which both sides' sums are about 1
   Pair others;                         // all classes outside, of a bucket
@@ -125,7 +125,7 @@ constexpr float kNaN = __builtin_nanf("");
 template <class Exchange>
 class Row {
  public:
-  __device__ Row(const KdRows& call, Exchange& exchange, RowShared& shared)
+  __device__ Row(const DenseRows& call, Exchange& exchange, RowShared& shared)
       : call(call), exchange(exchange), shared(shared), a(shared.arguments) {}
 
   __device__ float soft_weight() const { return fresh(a.soft_weight); }
@@ -376,7 +376,7 @@ class Row {
     }
   }
 
-  const KdRows& call;
+  const DenseRows& call;
   Exchange& exchange;
   RowShared& shared;
 

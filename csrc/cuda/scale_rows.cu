@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "columns.h"
 #include "kernel.h"
+#include "load.h"
 
 namespace fastkd::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // `lead` is the distribution whose expectation is taken (the teacher's in KL(p || q), the student's
 // in KL(q || p)), `other` the second one. Formulas: fastkd/spec.py.
 #pragma once
-#include "columns.h"
+#include "load.h"
 
 namespace fastkd::cuda {
 

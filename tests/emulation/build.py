@@ -3,25 +3,29 @@
 The result is kept under the user's cache folder, named by a hash of all that goes into it.
 """
 
+import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
-from fastkd import ops
+from fastkd import kernels
+from fastkd.core.ops import define
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-KERNELS = (ROOT / "csrc" / "cuda" / "kd_rows.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
+KERNELS = (ROOT / "csrc" / "cuda" / "kernels.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
 EMULATION = tuple(HERE / f"{name}.cpp" for name in ("cuda_emulation", "scheduler", "conversions"))
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
@@ -33,13 +37,16 @@ FLAGS = [
 SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 
 
-def _sources() -> list[Path]:
-    return sorted(
-        path
-        for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda", ROOT / "csrc" / "cpu", HERE)
-        for path in folder.glob("*")
-        if path.suffix in (".h", ".cpp", ".cu", ".py")
-    )
+def _used(sources: Iterable[Path], found: dict[Path, bytes] | None = None) -> dict[Path, bytes]:
+    """The text of the sources and of all that they include of this repository."""
+    found = {} if found is None else found
+    for source in map(Path.resolve, sources):
+        if source not in found and source.exists():  # else it is of the system
+            found[source] = source.read_bytes()
+            included = re.findall(rb'^#include ["<]([^">]+)', found[source], re.MULTILINE)
+            for name in map(bytes.decode, included):
+                _used([source.parent / name, HERE / name], found)
+    return found
 
 
 def _flags() -> list[str]:
@@ -55,10 +62,12 @@ def _processor() -> str:
     return "".join(line for line in text.splitlines()[:30] if line.startswith(("model", "flags")))
 
 
-def _cached(name: str, flags: list[str], build) -> Path:
+def _cached(
+    name: str, sources: Iterable[Path], flags: list[str], build: Callable[[Path], Path]
+) -> Path:
     key = hashlib.sha256(repr((flags, sys.version, torch.__version__, _processor())).encode())
-    for path in _sources():
-        key.update(path.name.encode() + path.read_bytes())
+    for path, text in sorted(_used([*sources, Path(__file__)]).items()):
+        key.update(path.name.encode() + text)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd-emulation"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{name}-{key.hexdigest()[:24]}"
@@ -80,7 +89,7 @@ def _own_object(source: Path, flags: list[str]) -> Path:
         _run(["g++", *flags, f"-I{HERE}", "-c", str(source), "-o", str(folder / "output")])
         return folder / "output"
 
-    return _cached(f"{source.stem}.o", flags, build)
+    return _cached(f"{source.stem}.o", [source], flags, build)
 
 
 def _link(folder: Path, sources: list[Path], flags: list[str], *link: str) -> None:
@@ -98,39 +107,39 @@ def _link(folder: Path, sources: list[Path], flags: list[str], *link: str) -> No
 
 
 def backends() -> list[str]:
-    """Their names, after giving them to fastkd."""
+    """Their names, after giving them to fastkd; their ops have no kernels before `load`."""
     names = []
     for suffix in ("_cluster", "_ticket"):
         name = f"emulated{suffix}"
-        if name not in ops._BACKENDS:
-            ops._define(suffix)
-            ops._BACKENDS[name] = ops.Backend(suffix, [], "cpu", float64=False)
+        if name not in kernels.BACKENDS:
+            define(suffix)
+            kernels.register(name, kernels.Backend(suffix, [], "cpu", float64=False))
         names.append(name)
-    _load_ops()
     return names
 
 
-def _load_ops() -> None:
-    """Registers the kernels of fastkd::kd_rows and fastkd::scale_rows_ of these backends."""
+@functools.cache
+def load() -> None:
+    """Registers the kernels of the ops of these backends, built where they have changed."""
     flags = _flags()
+    sources = [*KERNELS, *EMULATION, HERE / "ops.cpp"]
 
     def build(folder: Path) -> Path:
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
         includes.append(f"-I{sysconfig.get_paths()['include']}")
-        sources = [*KERNELS, *EMULATION, HERE / "ops.cpp"]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         _link(folder, sources, [*flags, *includes], "-shared", *libraries,
               "-Wl,--no-as-needed,-ltorch")  # fmt: skip
         return folder / "output"
 
-    torch.ops.load_library(_cached("ops", flags, build))
+    torch.ops.load_library(_cached("ops", sources, flags, build))
 
 
 def program(name: str, fault: tuple[str, str, str] | None = None, level: str = "-O1") -> Path:
     """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
     flags = [*_flags(), level]
-    kernels = KERNELS[:1] if name == "driver" else ()
-    emulation = () if name == "plan" else EMULATION
+    of_cuda = KERNELS[:1] if name == "driver" else ()
+    others = [*(() if name == "plan" else EMULATION), HERE / f"{name}.cpp"]
 
     def build(folder: Path) -> Path:
         copy = folder / "csrc"
@@ -140,9 +149,7 @@ def program(name: str, fault: tuple[str, str, str] | None = None, level: str = "
             source = path.read_text()
             assert source.count(text) == 1, f"{fault[0]} has {source.count(text)} times: {text}"
             path.write_text(source.replace(text, instead))
-        sources = [copy / "cuda" / kernel.name for kernel in kernels]
-        sources += [*emulation, HERE / f"{name}.cpp"]
-        _link(folder, sources, flags)
+        _link(folder, [*(copy / "cuda" / kernel.name for kernel in of_cuda), *others], flags)
         return folder / "output"
 
-    return _cached(name, [*flags, repr(fault)], build)
+    return _cached(name, [*of_cuda, *others], [*flags, repr(fault)], build)

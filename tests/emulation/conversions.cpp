@@ -1,6 +1,6 @@
 // The conversions of the machine, by those of the CPU backend.
 #define FASTKD_ISA emulated
-#include "../../csrc/cpu/dtypes.h"
+#include "../../csrc/cpu/load.h"
 // The header above comes first: it names no CUDA.
 #include "cuda_emulation.h"
 

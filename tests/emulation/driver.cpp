@@ -8,17 +8,17 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/configuration.h"
 #include "../../csrc/cuda/kernel.h"
+#include "../../csrc/cuda/plan.h"
 #include "cuda_emulation.h"
 
 namespace {
 
+using fastkd::DenseRows;
 using fastkd::DType;
-using fastkd::KdRows;
 using fastkd::Mode;
 using fastkd::Rows;
-using fastkd::TopkRows;
+using fastkd::SparseRows;
 
 constexpr int64_t kN = 7;
 constexpr float kBeyond = 1e4f;  // would be the largest logit of all
@@ -104,7 +104,7 @@ constexpr int64_t kIds = 100;
 std::vector<int64_t> ids;
 std::vector<float> log_probs, log_rest;
 
-TopkRows sparse(const KdRows& rows, const Case& c) {
+SparseRows sparse(const DenseRows& rows, const Case& c) {
   ids.clear();
   log_probs.clear();
   for (int64_t r = 0; r < kN; ++r) {
@@ -115,7 +115,7 @@ TopkRows sparse(const KdRows& rows, const Case& c) {
     }
   }
   log_rest.assign(kN, -1);
-  TopkRows call;
+  SparseRows call;
   call.student = rows.student;
   call.dstudent = rows.dstudent;
   call.ids = ids.data();
@@ -156,7 +156,7 @@ void run(const Case& c) {
   std::vector<int64_t> keep(kN, c.keep);
   for (int64_t r = 2; r < kN; r += 3) keep[r] = c.V;
   std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
-  KdRows call;
+  DenseRows call;
   call.student = student.rows();
   call.teacher = teacher.rows();
   Matrix& written = c.inplace ? student : gradient;
@@ -180,8 +180,8 @@ void run(const Case& c) {
   }
   call.teacher_probs = c.terms == Terms::kProbabilities;
   if (call.teacher_probs) teacher.make_positive();
-  const char* error = c.terms == Terms::kSparse ? launch(sparse(call, c), fastkd::cuda::topk_rows)
-                                                : launch(call, fastkd::cuda::kd_rows);
+  const char* error = c.terms == Terms::kSparse ? launch(sparse(call, c), fastkd::cuda::sparse_rows)
+                                                : launch(call, fastkd::cuda::dense_rows);
   if (error != nullptr) {
     std::printf("%s\n", error);
     return;

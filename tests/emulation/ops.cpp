@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/configuration.h"
 #include "../../csrc/cuda/kernel.h"
+#include "../../csrc/cuda/plan.h"
 #include "../../csrc/module.h"
-#include "../../csrc/tensors.h"
+#include "../../csrc/torch_ops.h"
 #include "cuda_emulation.h"
 
 namespace fastkd {
@@ -42,9 +42,9 @@ void emulated(const Call& call, const Tensor&) {
   check(run(call, workspace.data(), nullptr));
 }
 template <bool kClusters>
-constexpr auto kKdRows = kd_rows<emulated<kClusters, cuda::kd_rows>>;
+constexpr auto kDenseRows = dense_rows<emulated<kClusters, cuda::dense_rows>>;
 template <bool kClusters>
-constexpr auto kTopkRows = topk_rows<emulated<kClusters, cuda::topk_rows>>;
+constexpr auto kSparseRows = sparse_rows<emulated<kClusters, cuda::sparse_rows>>;
 
 void scale_rows_emulated(const ScaleRows& call, const Tensor&) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -70,10 +70,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
   m.impl("emulation_schedule", TORCH_BOX(&fastkd::emulation_schedule));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("kd_rows_cluster", TORCH_BOX(fastkd::kKdRows<true>));
-  m.impl("kd_rows_ticket", TORCH_BOX(fastkd::kKdRows<false>));
-  m.impl("topk_rows_cluster", TORCH_BOX(fastkd::kTopkRows<true>));
-  m.impl("topk_rows_ticket", TORCH_BOX(fastkd::kTopkRows<false>));
+  m.impl("dense_rows_cluster", TORCH_BOX(fastkd::kDenseRows<true>));
+  m.impl("dense_rows_ticket", TORCH_BOX(fastkd::kDenseRows<false>));
+  m.impl("sparse_rows_cluster", TORCH_BOX(fastkd::kSparseRows<true>));
+  m.impl("sparse_rows_ticket", TORCH_BOX(fastkd::kSparseRows<false>));
   m.impl("scale_rows_cluster_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_emulated>));
   m.impl("scale_rows_ticket_", TORCH_BOX(&fastkd::scale_rows<fastkd::scale_rows_emulated>));
 }

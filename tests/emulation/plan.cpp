@@ -2,10 +2,10 @@
 // thread, the largest cluster, and the multiprocessors of each group that a cluster has to lie in.
 // Reads V and the bytes of a pair until its input ends; prints for each the layout, the CTAs of a
 // row and their threads, and how many such rows the GPU has in work at one time.
+#include "../../csrc/cuda/plan.h"
+
 #include <cstdio>
 #include <cstdlib>
-
-#include "../../csrc/cuda/configuration.h"
 
 int main(int count, char** arguments) {
   using namespace fastkd::cuda;

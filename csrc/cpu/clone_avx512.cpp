@@ -1,8 +1,0 @@
-#include "kernel.h"
-
-#if defined(__x86_64__)
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#define FASTKD_ISA avx512
-#define FASTKD_AVX512
-#include "clone.h"
-#endif

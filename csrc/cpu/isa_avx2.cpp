@@ -1,0 +1,8 @@
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("arch=x86-64-v3")
+#define FASTKD_ISA avx2
+#define FASTKD_AVX2
+#include "kernels-inl.h"
+#endif

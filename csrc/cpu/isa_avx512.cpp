@@ -1,0 +1,8 @@
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define FASTKD_ISA avx512
+#define FASTKD_AVX512
+#include "kernels-inl.h"
+#endif

@@ -1,0 +1,237 @@
+// One row of the loss against a teacher of few classes. The student's row is read once, its
+// exponentials stay in a buffer that fits the cache, and the gradient is written once.
+#pragma once
+#include "categories.h"
+#include "tail.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+
+template <class T>
+class SparseRow {
+ public:
+  // `after`: the row that this thread is likely to compute next.
+  SparseRow(const SparseRows& call, Workspace<T>& work, int64_t row, int64_t after)
+      : call_(call),
+        work_(work),
+        row_(row),
+        after_(after),
+        vocab_(call.vocab_size),
+        ids_(call.ids + row * call.k),
+        count_(present(ids_, call.k, vocab_)),
+        soft_weight_(vector(call.soft_weight)),
+        hard_weight_(vector(call.hard_weight)),
+        student_inverse_(vector(call.student_inv_temperature)),
+        // A bucket pools its classes at T = 1, before their sum is taken to the power 1 / T.
+        others_(call.log_rest ? T(1) : student_inverse_, work.a(), work.soft_frames()),
+        hard_(T(1), work.h(), work.hard_frames()),
+        tail_(call.student, work, row, vocab_, true) {}
+
+  void run() {
+    double soft = 0, hard = 0;
+    if (soft_weight_ == 0 && hard_weight_ == 0) {
+      fill(T(0));
+    } else if (call_.labels && !(label() >= 0 && label() < call_.student.width)) {
+      soft = call_.soft_weight ? kNaN<double> : 0;
+      hard = call_.hard_weight ? kNaN<double> : 0;
+      lost_hard_ = true;
+      fill(kNaN<T>);
+    } else {
+      compute(soft, hard);
+    }
+    static_cast<T*>(call_.soft)[row_] = static_cast<T>(soft);
+    static_cast<T*>(call_.hard)[row_] = static_cast<T>(hard);
+  }
+
+ private:
+  static int64_t present(const int64_t* ids, int64_t count, int64_t vocab) {
+    while (count > 0 && ids[count - 1] >= vocab) --count;
+    return count;
+  }
+  T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
+  int64_t label() const { return call_.labels[row_]; }
+  T student_at(int64_t column) const {
+    T value;
+    return *load_columns<T>(call_.student, row_, column, 1, &value);
+  }
+
+  void compute(double& soft, double& hard) {
+    const bool valid = read();
+    const T at_label = call_.hard_weight ? student_at(label()) : T(0);
+    // Now that the row is in the cache: before, each of them was a read from memory.
+    if (call_.soft_weight) read_categories();
+    if (call_.soft_weight) soft = valid ? divergence() : kNaN<double>;
+    if (call_.hard_weight) {
+      double sum = hard_.sum();
+      T frame = hard_.frame();
+      tail_.join(sum, frame);
+      hard = sum > 0 ? std::log(sum) + double{frame} - double{at_label} : kNaN<double>;
+      lost_hard_ = std::isnan(hard);
+    }
+    if (!call_.dstudent.data) return;
+    if ((soft_weight_ != 0 && std::isnan(soft)) || (hard_weight_ != 0 && lost_hard_)) {
+      fill(kNaN<T>);
+    } else {
+      with_gradient([&](auto* out) { write_gradient(out); });
+    }
+  }
+
+  // The student's later columns.
+  Ahead ahead(int64_t begin) const {
+    const uintptr_t student = address_ahead(call_.student, row_, after_, vocab_, begin);
+    return {student, student, call_.student.element_bytes(), call_.student.element_bytes()};
+  }
+
+  // False: a NaN was met.
+  bool read() {
+    const bool sums = call_.soft_weight && !call_.restricted;
+    bool valid = call_.hard_weight || sums || !row_has_nan(call_.student, row_, vocab_);
+    int64_t next = 0;  // of the ids
+    for (int64_t begin = 0; begin < vocab_ && (call_.hard_weight || sums); begin += kChunk) {
+      const int64_t n = std::min(kChunk, vocab_ - begin);
+      const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
+      if (call_.hard_weight) hard_.read(student, begin, n);
+      if (!call_.soft_weight) continue;
+      if (call_.restricted) {
+        valid &= !has_nan(student, n);
+        continue;
+      }
+      if (call_.log_rest && next < count_ && ids_[next] < begin + n) {
+        T* others = work_.scratch(0);  // where they were converted
+        if (student != others) std::copy(student, student + n, others);
+        for (; next < count_ && ids_[next] < begin + n; ++next) {
+          valid &= !std::isnan(others[ids_[next] - begin]);
+          others[ids_[next] - begin] = -kInf<T>;
+        }
+        student = others;
+      }
+      others_.read(student, begin, n, ahead(begin));
+    }
+    return valid && !std::isnan(others_.sum());
+  }
+
+  void read_categories() {
+    const int64_t n = count_ + 1;
+    categories_ = {work_.doubles(static_cast<size_t>(Categories::kVectors * n)), n};
+    const T* log_probs = static_cast<const T*>(call_.log_probs) + row_ * call_.k;
+    gather_columns<T>(call_.student, row_, ids_, count_, categories_.log_q);
+    const double teacher_inverse = vector(call_.teacher_inv_temperature);
+    for (int64_t i = 0; i < count_; ++i) {
+      categories_.log_p[i] = double{log_probs[i]} * teacher_inverse;
+      categories_.log_q[i] *= student_inverse_;
+    }
+    if (call_.log_rest) {
+      const double others = others_.sum() > 0 ? others_.lse() : -kInf<double>;
+      categories_.log_p[count_] = double{vector(call_.log_rest)} * teacher_inverse;
+      categories_.log_q[count_] = others * student_inverse_;
+    }
+  }
+
+  double divergence() {
+    const int64_t n = count_ + (call_.log_rest ? 1 : 0);
+    if (!normalise(categories_.log_p, n, categories_.p)) return kNaN<double>;
+    if (call_.restricted || call_.log_rest) {
+      if (!normalise(categories_.log_q, n, categories_.q)) return kNaN<double>;
+      const CategorySums sums = divergence_of<false>(categories_, n);
+      return std::fmax(sums.divergence, 0.0);
+    }
+    double log_q = others_.lse();  // q is over all classes
+    if (!(log_q > -kInf<double>)) return kNaN<double>;
+    double mass = 0, besides = -1;
+    for (int64_t i = 0; i < n; ++i) mass += exp_terms(categories_.log_q[i] - log_q).exp;
+    if (mass > 0.5) {
+      // The sum has been rounded where these classes are, to which p may be near: in double then.
+      const double scaled = double{others_.frame()} * student_inverse_;
+      const double outside = others_.sum() * others_.share_besides(ids_, count_, vocab_);
+      double sum = outside;
+      for (int64_t i = 0; i < n; ++i) sum += exp_terms(categories_.log_q[i] - scaled).exp;
+      others_.set_sum(sum);
+      log_q = others_.lse();
+      besides = outside / sum;
+    }
+    for (int64_t i = 0; i < n; ++i) categories_.log_q[i] -= log_q;
+    const CategorySums sums = divergence_of<true>(categories_, n);
+    return std::fmax(sums.divergence + (besides < 0 ? 1 - sums.mass : besides), 0.0);
+  }
+
+  // Of the hard term's exponentials of a chunk; where all of them are 0, of no scale.
+  double hard_scale(int64_t index) const {
+    return tail_.others() == 0 ? 0 : tail_.others() * hard_.scale(index);
+  }
+
+  template <class Out>
+  void write_gradient(Out* out) {
+    const double weight = double{soft_weight_} * student_inverse_;
+    // What the other classes get per unit of their share.
+    const double shared = call_.restricted || soft_weight_ == 0 ? 0
+                          : call_.log_rest ? weight * categories_.differences[count_]
+                                           : weight;
+    const bool own = shared != 0, hard = hard_weight_ != 0;
+    for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
+      const int64_t n = std::min(kChunk, vocab_ - begin);
+      const T of_others = own ? static_cast<T>(shared * others_.scale(index)) : T(0);
+      const T of_hard = hard ? static_cast<T>(hard_weight_ * hard_scale(index)) : T(0);
+      const T *a = work_.a() + begin, *h = work_.h() + begin;
+      if (own && hard) {
+        combine<true, true>(a, a, h, n, of_others, T(0), of_hard, out + begin);
+      } else if (own) {
+        combine<false, true>(a, a, a, n, T(0), T(0), of_others, out + begin);
+      } else if (hard) {
+        combine<false, true>(h, h, h, n, T(0), T(0), of_hard, out + begin);
+      } else {
+        std::fill(out + begin, out + begin + n, store<Out>(T(0)));
+      }
+    }
+    // In double as far as the store: what at the label nearly cancels, and what a class that is
+    // named gets, of which nothing is in the buffers that has not been rounded.
+    const bool at_label = hard && label() < vocab_;
+    double besides_label = at_label ? 1 - hard_.share(label()) : 0;
+    if (at_label && besides_label < 0.5) {  // else the roundings of q are small beside it
+      besides_label = hard_.share_besides(call_.labels + row_, 1, vocab_);
+    }
+    besides_label = tail_.besides(besides_label);
+    const auto of_hard = [&](int64_t column) {
+      return hard_weight_ *
+             (column == label() ? -besides_label : hard_scale(column / kChunk) * work_.h()[column]);
+    };
+    if (at_label) {
+      const int64_t column = label();
+      const double of_others =
+          own ? shared * others_.scale(column / kChunk) * work_.a()[column] : 0;
+      out[column] = store<Out>(static_cast<T>(of_others + of_hard(column)));
+    }
+    for (int64_t i = 0; soft_weight_ != 0 && i < count_; ++i) {
+      const double value = weight * categories_.differences[i] + (hard ? of_hard(ids_[i]) : 0);
+      out[ids_[i]] = store<Out>(static_cast<T>(value));
+    }
+  }
+
+  template <class Fn>
+  void with_gradient(const Fn& fn) {
+    dispatch(call_.dstudent.dtype, [&](auto* stored) {
+      using Out = std::remove_pointer_t<decltype(stored)>;
+      Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
+      fn(out);
+      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
+    });
+  }
+  void fill(T value) {
+    if (!call_.dstudent.data) return;
+    with_gradient([&](auto* out) {
+      std::fill(out, out + vocab_, store<std::remove_pointer_t<decltype(out)>>(value));
+    });
+  }
+
+  const SparseRows& call_;
+  Workspace<T>& work_;
+  const int64_t row_, after_, vocab_;
+  const int64_t* ids_;
+  const int64_t count_;  // of the ids that are there
+  const T soft_weight_, hard_weight_, student_inverse_;
+  RowSum<T> others_;  // of the classes outside, or of all
+  RowSum<T> hard_;
+  Tail<T> tail_;
+  bool lost_hard_ = false;  // the hard term is NaN
+  Categories categories_;   // the ids, and what is outside of them
+};
+
+}  // namespace fastkd::cpu::FASTKD_ISA

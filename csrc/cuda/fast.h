@@ -1,0 +1,390 @@
+// The core of rows whose slices fit the registers: every logit is read once, its exponential stays
+// where the logit was, one exchange, and the gradient is written from them.
+#pragma once
+#include "held.h"
+
+namespace fastkd::cuda {
+
+template <class Exchange, Mode kMode>
+class Registers : Slice<Exchange, true> {
+ public:
+  __device__ explicit Registers(Row<Exchange>& row) : Slice<Exchange, true>(row) {}
+
+  // False where the row has to be read again: infinities, sums that cancel, or a gradient that
+  // does.
+  __device__ bool run() {
+    this->load([] {});
+    if (own_hard()) sum_hard();
+    if (row_.pruned()) prune();
+    if (row_.teacher_probs()) take_logarithms();
+    if constexpr (kMode == Mode::kForward) leave_out_label();
+    if (row_.has_soft()) sum_soft();
+    if (row_.power() > 1) sum_powers();
+    sums_.label = row_.student_label();
+    sums_.label_teacher = row_.teacher_label();
+    const Sums& total = row_.total(sums_, [&](Sums& sums) {
+      if (kMode != Mode::kMixture && row_.has_soft()) {
+        row_.shared.divergence = divergence(sums);
+        if (cancels(sums)) row_.shared.divergence.exact = false;
+      }
+      if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
+    });
+    const float label = total.label;
+    const Sums sums = total;
+    Divergence soft{0, 0, 0, true};
+    if (row_.has_soft()) {
+      if constexpr (kMode == Mode::kMixture) {
+        soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf &&
+                     !(has_soft_gradient() && is_sure(sums.other, row_.vocab()));
+      } else {
+        soft = row_.shared.divergence;
+      }
+      if (!soft.exact) return false;
+    }
+    float hard = 0;
+    if (row_.power() > 0) {
+      const float sum = row_.power() > 1 ? sums.hard : kReverse ? sums.lead : sums.other;
+      const float frame = kReverse ? sums.lead_frame : sums.other_frame;
+      hard = row_.hard_term(sum, frame, student_scale(), label, row_.power());
+    } else if (row_.has_hard()) {
+      hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label, 1);
+    }
+    if (row_.wants_gradient() && row_.hard_weight() != 0 && hard < kSureLabel) return false;
+    const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
+    const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
+    float from_student = 0;
+    if (kMode == Mode::kMixture && row_.has_soft()) {
+      const Sums mixed = mix(lead, other);
+      from_student = mixed.other;
+      const float beta = row_.beta();
+      soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
+      const float limit = -log1pf(-beta);  // of ln(q / m), where p is nothing
+      const bool apart = (limit - from_student) * 4 < limit;
+      const bool near = soft.value < kNear * beta * (1 - beta);
+      if (has_soft_gradient() && (apart || near)) return false;
+    }
+    row_.write_terms(soft.value, hard);
+    if (!row_.wants_gradient()) return true;
+    if (row_.template is_lost<kMode>(soft.value, hard)) {
+      row_.fill_gradient(kNaN);
+    } else {
+      find_factors(sums, soft, lead, other, from_student);
+      float per_hard = scale(sums_.hard_frame, sums.hard_frame, sums.hard, row_.power());
+      if (kMode == Mode::kMixture && row_.power() > 1) {
+        // What is kept there is q: times its sum, the exponentials in the row's frame.
+        from_q_ = sums.other;
+        per_hard = 1 / sums.hard;
+      }
+      write_gradient(per_hard * row_.hard_weight());
+      row_.fill_beyond();
+    }
+    return true;
+  }
+
+ private:
+  static constexpr bool kReverse = kMode == Mode::kReverse;
+  using Base = Slice<Exchange, true>;
+  using Base::each, Base::each_in_turn, Base::kVectors, Base::last, Base::maximum, Base::rotate;
+  using Base::row_, Base::step, Base::student_, Base::teacher_;
+
+  __device__ bool has_soft_gradient() const {
+    return row_.wants_gradient() && row_.soft_weight() != 0;
+  }
+  // By one thread: what is rounded of p and q would show in their difference.
+  __device__ bool cancels(const Sums& sums) const {
+    const bool sure =
+        is_sure(sums.lead, row_.vocab()) && (kReverse || is_sure(sums.other, row_.vocab()));
+    return has_soft_gradient() && (sure || row_.shared.divergence.value < kNear);
+  }
+
+  __device__ bool own_hard() const { return row_.has_hard() && row_.power() == 0; }
+  __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
+  __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
+
+  __device__ __forceinline__ void sum_hard() {
+    sums_.hard_frame = maximum(student_) * kLog2E;
+    const float frame = used(sums_.hard_frame);
+    float sum = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        sum += exp2_approx(fmaf(student_[i][j], kLog2E, -frame));
+      }
+    });
+    sums_.hard = warp_sum(sum);
+  }
+
+  // Classes below the threshold no longer exist on either side.
+  __device__ __forceinline__ void prune() {
+    const float none = row_.teacher_probs() ? 0.0f : -kInf;
+    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
+                                        row_.keep(), none, [&](const auto& fn) {
+                                          each([&](int i) {
+#pragma unroll
+                                            for (int j = 0; j < kPerLane; ++j)
+                                              fn(unknown(teacher_[i][j]));
+                                          });
+                                        });
+    bool nan = false;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float s = student_[i][j], t = teacher_[i][j];
+        nan |= s != s || !(t >= none);
+        const bool keep = t >= threshold;
+        student_[i][j] = keep ? s : -kInf;
+        teacher_[i][j] = keep ? t : none;
+      }
+    });
+    // A NaN is lost with its class: it has to show in the sums.
+    if (nan) student_[0][0] = teacher_[0][0] = kNaN;
+  }
+
+  // Of probabilities, the logits in units of ln 2: NaN where one is negative.
+  __device__ __forceinline__ void take_logarithms() {
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_subnormal(teacher_[i][j]);
+    });
+  }
+
+  // By the warp that has it, where the label has a term of its own; but a NaN stays.
+  __device__ __forceinline__ void leave_out_label() {
+    if (!row_.decoupled()) return;
+    const int of_label = row_.label() / kStep;
+    each([&](int i) {
+      if (step(i) == of_label) leave_out(i, row_.left_out(of_label));
+    });
+  }
+  __device__ __forceinline__ void leave_out(int i, int index) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (j != index) continue;
+      if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
+      if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
+    }
+  }
+  __device__ void set_target(const Sums& sums) {
+    const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;
+    const float student = fmaf(sums.label, student_scale(), -sums.other_frame) * kLn2;
+    const float teacher_odds = teacher - logf(sums.lead), odds = student - logf(sums.other);
+    const float gap = odds - teacher_odds;
+    row_.set_target(teacher_odds, odds, gap, sums.label > -kInf);
+    const float target = row_.shared.target.divergence;
+    // The odds may be of the size of 16, and are rounded there.
+    const bool near = fabsf(gap) < 0.25f && row_.wants_gradient() && row_.target_weight() != 0;
+    if (target != target || near) row_.shared.divergence.exact = false;
+  }
+
+  __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
+
+  // The exponentials in the place of the logits, in the frames of the warp's maxima: no other warp
+  // is waited for.
+  __device__ __forceinline__ void sum_soft() {
+    auto& lead = kReverse ? student_ : teacher_;
+    auto& other = kReverse ? teacher_ : student_;
+    const float lead_scale = kReverse ? student_scale() : teacher_scale();
+    const float other_scale = kReverse ? teacher_scale() : student_scale();
+    // The product of frame and scale, rounded, is itself the frame: every exponential and every
+    // sum is relative to the same number.
+    sums_.lead_frame = maximum(lead) * lead_scale;
+    sums_.other_frame = maximum(other) * other_scale;
+    const float lead_frame = used(sums_.lead_frame), other_frame = used(sums_.other_frame);
+    float sum_lead = 0, sum_other = 0, difference = 0, excess = 0, cross = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float u_lead = fmaf(lead[i][j], lead_scale, -lead_frame);
+        const float u_other = fmaf(other[i][j], other_scale, -other_frame);
+        const float e_lead = exp2_approx(u_lead), e_other = exp2_approx(u_other);
+        sum_lead += e_lead;
+        sum_other += e_other;
+        lead[i][j] = e_lead;
+        other[i][j] = e_other;
+        if constexpr (kMode != Mode::kMixture) {
+          // -inf where the lead is, NaN where both are: such a class adds e_other, or nothing.
+          const float x = fmaxf(u_lead - u_other, -kHuge);
+          const float d = e_other - e_lead, weighted = e_lead * x;
+          // x^2 phi of x = ln 2 times this one, for |x ln 2| < 1/4; relative error 3e-8.
+          float phi = fmaf(x, 0.000154292415f, -0.00133582903f);
+          phi = fmaf(x, phi, 0.00961811654f);
+          phi = fmaf(x, phi, -0.0555040278f);
+          phi = fmaf(x, phi, 0.240226507f);
+          const float near = weighted * x * phi, far = fmaf(weighted, kLn2, d);
+          difference += d;
+          cross += weighted;
+          excess += fabsf(x) < 0.36f ? near : far;
+          if constexpr (kReverse) other[i][j] = weighted;
+        }
+      }
+    });
+    sums_.lead = warp_sum(sum_lead);
+    sums_.other = warp_sum(sum_other);
+    if constexpr (kMode != Mode::kMixture) {
+      sums_.difference = warp_sum(difference);
+      sums_.excess = warp_sum(excess);
+      sums_.cross = warp_sum(cross) * kLn2;
+    }
+  }
+
+  __device__ static __forceinline__ float raised(float e, int power) {  // to 2, 3 or 4
+    const float square = e * e;
+    return power == 2 ? square : square * (power == 3 ? e : square);
+  }
+  // No more exponentials for a hard term beside a soft one at T = 2, 3 or 4: relative to those at
+  // T = 1, T times the error of one.
+  __device__ __forceinline__ void sum_powers() {
+    sums_.hard_frame = kReverse ? sums_.lead_frame : sums_.other_frame;
+    const int power = row_.power();
+    float sum = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) sum += raised(student_[i][j], power);
+    });
+    sums_.hard = warp_sum(sum);
+  }
+
+  // What turns the exponentials of a warp, or powers of them, into probabilities.
+  __device__ static float scale(float frame, float row_frame, float sum, int power = 1) {
+    const float down = (frame - row_frame) * static_cast<float>(max(power, 1));
+    return frame > -kInf ? exp2_approx(down) / sum : 0.0f;
+  }
+
+  // KL(p || m) as `lead` and KL(q || m) as `other`. Leaves q where the student was, and
+  // q ln(q / m) where the teacher was. With y = (q - p) / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta
+  // y, and each divergence is a sum of r ln r - r + 1 over m, without cancellation.
+  __device__ __forceinline__ Sums mix(float per_p, float per_q) {
+    const float beta = row_.beta();
+    float from_teacher = 0, from_student = 0;
+    each([&](int i) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float p = __fmul_rn(per_p, teacher_[i][j]), q = __fmul_rn(per_q, student_[i][j]);
+        const float m = beta * p + (1 - beta) * q;
+        const float per_m = __fdividef(1.0f, fmaxf(m, 0x1p-126f)), y = (q - p) * per_m;
+        const LogTerms log_q = log_terms(beta * y, q * per_m);
+        from_teacher += m * log_terms((beta - 1) * y, p * per_m).excess;
+        from_student += m * log_q.excess;
+        student_[i][j] = q;
+        teacher_[i][j] = q * log_q.log;
+      }
+    });
+    Sums sums;
+    sums.lead_frame = sums.other_frame = 0;
+    sums.lead = warp_sum(from_teacher);
+    sums.other = warp_sum(from_student);
+    return row_.total(sums, [](Sums&) {});
+  }
+
+  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q -
+  // p; reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight,
+  // and the hard weight times q besides.
+  __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
+                                               float other, float from_student) {
+    const float weight = row_.soft_weight() * row_.student_inverse();
+    const float hard = row_.power() == 1         ? row_.hard_weight()
+                       : kMode == Mode::kForward ? row_.target_factor()
+                                                 : 0.0f;
+    const bool off = row_.soft_weight() == 0;
+    if constexpr (kMode == Mode::kForward) {
+      // q / p - 1 in the frames of this warp: small where the two sides agree.
+      const float D = ((sums.other_frame - used(sums_.other_frame)) -
+                       (sums.lead_frame - used(sums_.lead_frame))) *
+                      kLn2;
+      float gap = other - lead;
+      if (fabsf(D) < 0.25f && fabsf(soft.ratio) < 0.5f && lead > 0 && other > 0) {
+        gap = lead * (D * D * phi_series(D) - D - soft.ratio) / (1 + soft.ratio);
+        other = lead + gap;
+      }
+      const float scaled = off ? 0 : weight;
+      forward_ = Combination(other * (scaled + hard), lead * scaled, gap * scaled + other * hard);
+    } else if constexpr (kMode == Mode::kReverse) {
+      const float shift =
+          (used(sums_.lead_frame) - sums.lead_frame) - (used(sums_.other_frame) - sums.other_frame);
+      const float scaled = off ? 0 : weight * lead;
+      a_ = scaled * (fmaf(shift, kLn2, soft.log_ratio) - soft.value) + hard * lead;
+      b_ = scaled * kLn2;
+    } else {
+      const float scaled = off ? 0 : (1 - row_.beta()) * weight;
+      a_ = hard - scaled * from_student;
+      b_ = scaled;
+    }
+  }
+
+  // Of the soft term, and of a hard term that shares its exponentials.
+  __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
+                                                float hard, float* gradient) const {
+    if (!row_.has_soft()) return;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if constexpr (kMode == Mode::kForward) {
+        gradient[j] = forward_(student[j] - teacher[j], student[j], teacher[j]);
+      } else {
+        gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
+      }
+    }
+    const int power = row_.power();
+    if (power < 2 || row_.hard_weight() == 0) return;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = kMode == Mode::kMixture ? student[j] * from_q_ : student[j];
+      gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
+    }
+  }
+  // Of a hard term with exponentials of its own. Their logits are in L2 since a moment ago; no
+  // other thread has written over them.
+  __device__ __forceinline__ void add_hard(int step, float hard, float* gradient) const {
+    float logits[kPerLane];
+    unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = exp2_approx(fmaf(logits[j], kLog2E, -used(sums_.hard_frame)));
+      gradient[j] = fmaf(e, hard, gradient[j]);
+    }
+  }
+
+  __device__ __forceinline__ void write_gradient(float hard) {
+    const auto pack_gradient = [&](int step, const float* student, const float* teacher) {
+      float gradient[kPerLane] = {};
+      find_gradient(student, teacher, hard, gradient);
+      row_.add_label(step, gradient);
+      return pack(row_.dstudent().dtype, gradient);
+    };
+    const bool reads_again = own_hard() && row_.hard_weight() != 0;
+    const int first = step(0), end = row_.end();
+    if (!reads_again) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int step = first + i * warps();
+        const View dstudent = row_.dstudent();
+        if (step >= end || is_ragged(dstudent, step)) continue;
+        store_whole(dstudent, step, pack_gradient(step, student_[i], teacher_[i]));
+      }
+      if (!is_ragged(row_.dstudent(), last())) return;
+    }
+    each_in_turn(
+        [&](int i) {
+          const View dstudent = row_.dstudent();
+          if (!reads_again && !is_ragged(dstudent, step(i))) return;
+          float gradient[kPerLane] = {};
+          find_gradient(student_[0], teacher_[0], hard, gradient);
+          if (reads_again) add_hard(step(i), hard, gradient);
+          row_.add_label(step(i), gradient);
+          store_packed(dstudent, step(i), pack(dstudent.dtype, gradient));
+        },
+        [&] {
+          rotate(student_);
+          rotate(teacher_);
+        });
+  }
+
+  static constexpr float kHuge = 3e38f;
+  static constexpr float kSureLabel = 0.28f;  // of the hard term: q > 3/4 there
+
+  Sums sums_;  // of this warp
+  Combination forward_;
+  float a_ = 0, b_ = 0;
+  float from_q_ = 0;
+};
+
+}  // namespace fastkd::cuda

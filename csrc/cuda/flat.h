@@ -1,0 +1,239 @@
+// The core of rows at T >= 1000, whose two sides are all but flat. There p and q formed apart and
+// subtracted would lose T roundings; here nothing cancels but the logits, which T^2 KL matches: at
+// T = infinity it is half the variance of z - v over the classes. With K classes, and
+//
+//   u = T ln(q / p) = d - mean     d = z - v, and the mean makes the sum of q 1
+//   w = T (q / p - 1) = T expm1(u / T)
+//
+//   T^2 KL(p || q) = sum p T^2 (exp(u / T) - 1 - u / T)       gradient: T (q - p) = p w
+//   T^2 KL(q || p) = sum q T^2 (exp(-u / T) - 1 + u / T)                q (u - T KL)
+//   of a mixture            sum beta KL(p || m) + (1 - beta) KL(q || m), likewise
+//
+// Such rows are rare: their slices are read three times, whatever their length.
+#pragma once
+#include "careful_slice.h"
+
+namespace fastkd::cuda {
+
+template <class Exchange>
+class LogitMatch : RereadSlice<Exchange> {
+ public:
+  __device__ explicit LogitMatch(Row<Exchange>& row)
+      : RereadSlice<Exchange>(row),
+        unit_(row.teacher_probs() ? kLn2 : 1.0f),
+        inverse_(row.student_inverse()),
+        beta_(row.beta()) {}
+
+  // False: T is finite, and some logit is not, or so large that the sides are not flat. Nothing has
+  // been written then.
+  __device__ bool run() {
+    this->prune();
+    const Sums first = sum_differences();
+    const float count = first.other;
+    if (inverse_ > 0 && !(first.forbidden == 0 && fabsf(first.lead) < kInf && count > 0)) {
+      return false;
+    }
+    mean_ = first.lead / count;  // NaN without a class
+    if (inverse_ > 0) {
+      const float student = fmaf(inverse_, first.cross / count, 1.0f);  // the mean of exp(z / T)
+      per_p_ = 1 / fmaf(-inverse_, mean_, student);
+      mean_ = -log1pf(-inverse_ * mean_ / student) / inverse_;
+    }
+    hard_frame_ = first.hard_frame > -kInf ? first.hard_frame : 0;
+    const Sums second = sum_centred();
+    rest_ = second.lead / count;
+    from_student_ = second.cross / count;
+    float soft = second.other / count - rest_ * rest_ / 2;
+    if (!is_nan(soft)) soft = curvature() * fmaxf(soft, 0.0f);
+    // A class has a logit on one side only.
+    if (first.forbidden > 0) soft = is_nan(first.lead) ? kNaN : kInf;
+    if (is(Mode::kReverse)) from_student_ = fmaf(inverse_, soft, rest_);
+    float hard = 0;
+    if (row_.has_hard()) {
+      const float sum = this->hard_sum(second);
+      hard = sum > 0 ? logf(sum) + (hard_frame_ - second.label) : kNaN;
+    }
+    // The weight has a T^2 that all above includes.
+    const float scale = inverse_ > 0 ? inverse_ : 1;
+    soft = soft * scale * scale;
+    row_.write_terms(soft, hard);
+    if (!row_.wants_gradient()) return true;
+    if (row_.template is_lost<Mode::kReverse>(soft, hard)) {  // an infinite value leaves none
+      row_.fill_slice(kNaN);
+    } else {
+      write_gradient(row_.soft_weight() * scale * scale * curvature() / count,
+                     row_.hard_weight() / this->hard_sum(second));
+    }
+    this->write_tail(this->hard_sum(second));
+    return true;
+  }
+
+ private:
+  using Base = RereadSlice<Exchange>;
+  using Base::each_step, Base::hard_frame_, Base::row_, Base::take_part;
+
+  // Of |logit| / T, where the series still hold.
+  static constexpr float kFlat = 1.0f / 16;
+
+  __device__ static bool is_nan(float x) { return x != x; }
+  __device__ bool is(Mode divergence) const { return row_.call.divergence == divergence; }
+
+  // Of the divergence at equal logits, beside that of KL.
+  __device__ float curvature() const { return is(Mode::kMixture) ? beta_ * (1 - beta_) : 1; }
+
+  __device__ static bool is_there(float student, float teacher) {
+    return student != -kInf || teacher != -kInf;
+  }
+  __device__ float difference(float student, float teacher) const {
+    return fmaf(teacher, -unit_, student);
+  }
+
+  // T expm1(x / T) - x, and T^2 (exp(x / T) - 1 - x / T).
+  __device__ float bend(float x) const { return x * (x * inverse_) * phi_series(-x * inverse_); }
+  __device__ float square(float x) const { return x * x * phi_series(-x * inverse_); }
+
+  // Of one class that is there; p and q times K.
+  struct Class {
+    float p, q, u, w;
+  };
+  __device__ Class of(float student, float teacher) const {
+    const float v = teacher * unit_, u = difference(student, teacher) - mean_, w = u + bend(u);
+    const float p = fmaf(inverse_, v + bend(v), 1.0f) * per_p_;
+    return {p, fmaf(inverse_ * w, p, p), u, w};
+  }
+
+  // Of the mixture m, of which p is 1 - (1 - beta) y / T and q is 1 + beta y / T.
+  struct Mixture {
+    float m, y;
+  };
+  __device__ Mixture mixture(const Class& c) const {
+    const float m = fmaf((1 - beta_) * inverse_, c.w, 1.0f);
+    return {c.p * m, c.w / m};
+  }
+  // T ln(q / m) / beta.
+  __device__ float beside_mixture(const Class& c) const {
+    const float y = mixture(c).y, x = beta_ * inverse_ * y;
+    float log = 0;  // ln(1 + x) / x
+#pragma unroll
+    for (int n = kTerms; n >= 1; --n) log = fmaf(log, -x, 1.0f / static_cast<float>(n));
+    return y * log;
+  }
+  // ((1 + x) ln(1 + x) - x) / x^2
+  __device__ static float entropy_series(float x) {
+    float sum = 0;
+#pragma unroll
+    for (int n = kTerms; n >= 1; --n) sum = fmaf(sum, -x, 1.0f / static_cast<float>(n * (n + 1)));
+    return sum;
+  }
+
+  // What a class adds to T^2 D, but for the curvature.
+  __device__ float divergence(const Class& c) const {
+    if (is(Mode::kForward)) return c.p * square(c.u);
+    if (is(Mode::kReverse)) return c.q * square(-c.u);
+    const float rest = 1 - beta_;
+    const auto [m, y] = mixture(c);
+    const float from_p = entropy_series(-rest * inverse_ * y);
+    return m * y * y * fmaf(beta_, entropy_series(beta_ * inverse_ * y), rest * from_p);
+  }
+  __device__ float gradient(const Class& c) const {
+    if (is(Mode::kForward)) return c.p * (c.w - rest_);
+    return c.q * ((is(Mode::kReverse) ? c.u : beside_mixture(c)) - from_student_);
+  }
+
+  // The sum of z - v, or of T (exp(z / T) - exp(v / T)), as `lead`, that of T expm1(z / T) as
+  // `cross`, the classes as `other`, and those with one logit, or one that is not small beside T,
+  // as `forbidden`.
+  __device__ Sums sum_differences() {
+    float hard_max = -kInf, sum = 0, students = 0, count = 0, outside = 0;
+    each_step([&](int step, float* student, float* teacher) {
+      float few = 0, few_students = 0;  // 8 at a time: a long slice's sum would swallow single ones
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        hard_max = fmaxf(hard_max, student[j]);
+        if (this->loses_nan(student[j], teacher[j])) few = kNaN;
+      }
+      take_part(step, student, teacher);
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const float z = student[j], v = teacher[j] * unit_;
+        if (!is_there(z, v)) continue;
+        const bool one = z == -kInf || v == -kInf;
+        const bool out = one || fmaxf(fabsf(z), fabsf(v)) * inverse_ > kFlat;
+        ++count;
+        if (out) ++outside;
+        if (z < kInf && v < kInf) {
+          few += out ? 0.0f : difference(z, teacher[j]) + (bend(z) - bend(v));
+          few_students += out ? 0.0f : z + bend(z);
+        } else {
+          few = kNaN;
+        }
+      }
+      sum += few;
+      students += few_students;
+    });
+    this->find_maximum_of_tail(hard_max);
+    Sums sums;
+    sums.lead_frame = sums.other_frame = 0;  // the same in every CTA
+    sums.hard_frame = warp_max(hard_max);
+    sums.lead = warp_sum(sum);
+    sums.cross = warp_sum(students);
+    sums.other = warp_sum(count);
+    sums.forbidden = warp_sum(outside);
+    return row_.total(sums, [](Sums&) {});
+  }
+
+  // The divergence as `other`; q - p as `lead`, which is what the mean is off by; and what the
+  // mixture's gradient needs as `cross`.
+  __device__ Sums sum_centred() {
+    float sum = 0, divergences = 0, from_student = 0, hard = 0;
+    each_step([&](int step, float* student, float* teacher) {
+      if (row_.has_hard()) hard += this->sum_hard(step, student);
+      take_part(step, student, teacher);
+      float few = 0, few_divergences = 0, few_from_student = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        if (!is_there(student[j], teacher[j])) continue;
+        const Class c = of(student[j], teacher[j]);
+        few = fmaf(c.p, c.w, few);
+        few_divergences += divergence(c);
+        if (beta_ != 0) few_from_student = fmaf(c.q, beside_mixture(c), few_from_student);
+      }
+      sum += few;
+      divergences += few_divergences;
+      from_student += few_from_student;
+    });
+    Sums sums;
+    sums.lead_frame = sums.other_frame = sums.hard_frame = 0;
+    sums.lead = warp_sum(sum);
+    sums.other = warp_sum(divergences);
+    sums.cross = warp_sum(from_student);
+    sums.hard = warp_sum(hard + this->sum_tail());
+    sums.label = row_.student_label();
+    return row_.total(
+        sums, [&](Sums& sums) { row_.set_hard_at_label(sums.hard / this->hard_sum(sums)); });
+  }
+
+  __device__ void write_gradient(float weight, float hard) {
+    each_step([&](int step, float* student, float* teacher) {
+      float values[kPerLane] = {};
+      if (row_.hard_weight() != 0) this->add_hard(step, student, hard, values);
+      if (row_.soft_weight() != 0) {
+        take_part(step, student, teacher);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          if (!is_there(student[j], teacher[j])) continue;
+          values[j] = fmaf(gradient(of(student[j], teacher[j])), weight, values[j]);
+        }
+      }
+      row_.add_label(step, values);
+      store_packed(row_.dstudent(), step, pack(row_.dstudent().dtype, values));
+    });
+  }
+
+  static constexpr int kTerms = 12;  // of a series, |x| < 0.29
+  const float unit_;                 // of the teacher's logits
+  const float inverse_, beta_;
+  float mean_ = 0, rest_ = 0, per_p_ = 1, from_student_ = 0;
+};
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,249 @@
+// Tensors to the plain structs of call.h: what every native backend has in common. Arguments were
+// checked in Python (fastkd/core/checks.py); what is checked here keeps a call of the bare op from
+// reading memory that is not there.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "call.h"
+
+namespace fastkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::Double:
+      return DType::kDouble;
+    default:
+      STD_TORCH_CHECK(false, "fastkd: unsupported dtype");
+  }
+}
+
+inline Rows rows(const Tensor& tensor) {  // [N, V] or [A, B, V]
+  const int64_t dim = tensor.dim();
+  STD_TORCH_CHECK(
+      (dim == 2 || dim == 3) && (tensor.stride(dim - 1) == 1 || tensor.size(dim - 1) == 1),
+      "fastkd: rows must come as [N, V] or [A, B, V] with stride 1 in V");
+  return {tensor.data_ptr(),
+          dtype(tensor),
+          tensor.size(dim - 1),
+          tensor.size(dim - 2),
+          dim == 3 ? tensor.stride(0) : 0,
+          tensor.stride(dim - 2)};
+}
+
+inline int64_t number_of_rows(const Tensor& tensor) {
+  return tensor.dim() == 3 ? tensor.size(0) * tensor.size(1) : tensor.size(0);
+}
+
+// Whether rows of the teacher would be read after the gradient was written over them. The very same
+// rows are: a row is read before it is written.
+inline bool overwrites_others(const Rows& dstudent, const Rows& teacher, int64_t N) {
+  if (N == 0) return false;
+  const bool same_rows = dstudent.data == teacher.data && dstudent.dtype == teacher.dtype &&
+                         dstudent.offset(N - 1) == teacher.offset(N - 1) &&
+                         dstudent.offset(N / 2) == teacher.offset(N / 2);
+  return !same_rows && dstudent.address(0, 0) < teacher.address(N - 1, teacher.width) &&
+         teacher.address(0, 0) < dstudent.address(N - 1, dstudent.width);
+}
+
+inline const void* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->data_ptr() : nullptr;
+}
+
+// [N] on the device of `like` and of its dtype. Not torch::stable::new_empty, which looks its op up
+// by name: a microsecond more.
+inline Tensor new_vector(const Tensor& like, int64_t N) {
+  constexpr int64_t kStride = 1;
+  int32_t scalar_type, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &scalar_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle vector;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &N, &kStride, scalar_type, device_type, device_index, &vector));
+  return Tensor(vector);
+}
+
+// The op fastkd::dense_rows of a backend whose kernels `launch` runs. `student` tells it the
+// device.
+template <void (*launch)(const DenseRows& call, const Tensor& student)>
+std::tuple<Tensor, Tensor> dense_rows(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+    const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
+    const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
+    const std::optional<Tensor>& dstudent, const std::optional<Tensor>& keep, int64_t vocab_size,
+    int64_t divergence, const std::optional<Tensor>& beta,
+    const std::optional<Tensor>& target_weight, const std::optional<Tensor>& target,
+    bool teacher_probs) {
+  DenseRows call;
+  call.student = rows(student);
+  call.teacher = rows(teacher);
+  call.N = number_of_rows(student);
+  STD_TORCH_CHECK(number_of_rows(teacher) == call.N,
+                  "fastkd: teacher must have as many rows as student");
+  if (dstudent) {
+    call.dstudent = rows(*dstudent);
+    STD_TORCH_CHECK(
+        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
+        "fastkd: dstudent must have the rows and the V of student");
+  }
+  STD_TORCH_CHECK(
+      !dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher, call.N),
+      "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
+      "teacher_logits.clone(), or inplace=False");
+  call.vocab_size = vocab_size;
+  call.divergence = static_cast<Mode>(divergence);
+  call.teacher_probs = teacher_probs;
+  call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
+  const auto device = student.device();
+  const auto check_device = [&](const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.device() == device,
+                    "fastkd: every tensor must be on the device of student");
+  };
+  check_device(teacher);
+  if (dstudent) check_device(*dstudent);
+  if (labels) check_device(*labels);
+  if (keep) check_device(*keep);
+  const auto check = [&](const Tensor& vector, DType expected) {
+    check_device(vector);
+    STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
+                    "fastkd: a per-row vector must be contiguous, [N] and of the compute dtype");
+  };
+  const DType compute = call.is_double ? DType::kDouble : DType::kFloat;
+  check(student_inv_temperature, compute);
+  check(teacher_inv_temperature, compute);
+  if (soft_weight) check(*soft_weight, compute);
+  if (hard_weight) check(*hard_weight, compute);
+  if (beta) check(*beta, compute);
+  if (target_weight) check(*target_weight, compute);
+  if (target) check(*target, compute);
+  STD_TORCH_CHECK(!labels || (labels->numel() == call.N && labels->is_contiguous() &&
+                              labels->scalar_type() == ScalarType::Long),
+                  "fastkd: labels must be contiguous int64 [N]");
+  STD_TORCH_CHECK(!keep || (keep->numel() == call.N && keep->is_contiguous() &&
+                            keep->scalar_type() == ScalarType::Long),
+                  "fastkd: keep must be contiguous int64 [N]");
+  STD_TORCH_CHECK(divergence >= static_cast<int64_t>(Mode::kForward) &&
+                      divergence <= static_cast<int64_t>(Mode::kMixture) &&
+                      beta.has_value() == (call.divergence == Mode::kMixture),
+                  "fastkd: a divergence that is none, or a mixture without beta, or beta besides");
+  STD_TORCH_CHECK(labels || !(hard_weight || target_weight),
+                  "fastkd: the hard and the target term need labels");
+  STD_TORCH_CHECK(!target_weight || (target && soft_weight && call.divergence == Mode::kForward),
+                  "fastkd: the target term needs target, soft_weight and the forward divergence");
+  STD_TORCH_CHECK(
+      vocab_size >= 1 && vocab_size <= call.student.width && vocab_size <= call.teacher.width,
+      "fastkd: vocab_size out of range");
+  call.labels = static_cast<const int64_t*>(data(labels));
+  call.student_inv_temperature = student_inv_temperature.data_ptr();
+  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
+  call.soft_weight = data(soft_weight);
+  call.hard_weight = data(hard_weight);
+  call.target_weight = data(target_weight);
+  call.keep = static_cast<const int64_t*>(data(keep));
+  call.beta = data(beta);
+  if (target_weight) call.target = target->data_ptr();
+  Tensor soft = new_vector(student_inv_temperature, call.N);
+  Tensor hard = new_vector(student_inv_temperature, call.N);
+  call.soft = soft.data_ptr();
+  call.hard = hard.data_ptr();
+  launch(call, student);
+  return {soft, hard};
+}
+
+// The op fastkd::sparse_rows.
+template <void (*launch)(const SparseRows& call, const Tensor& student)>
+std::tuple<Tensor, Tensor> sparse_rows(
+    const Tensor& student, const Tensor& ids, const Tensor& log_probs,
+    const std::optional<Tensor>& log_rest, const std::optional<Tensor>& labels,
+    const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
+    const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
+    const std::optional<Tensor>& dstudent, int64_t vocab_size, bool restricted) {
+  SparseRows call;
+  call.student = rows(student);
+  call.N = number_of_rows(student);
+  if (dstudent) {
+    call.dstudent = rows(*dstudent);
+    STD_TORCH_CHECK(
+        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
+        "fastkd: dstudent must have the rows and the V of student");
+  }
+  const DType compute = dtype(student_inv_temperature);
+  call.is_double = compute == DType::kDouble;
+  STD_TORCH_CHECK(compute == DType::kFloat || call.is_double,
+                  "fastkd: the compute dtype must be float or double");
+  STD_TORCH_CHECK(call.is_double || call.student.dtype != DType::kDouble,
+                  "fastkd: double logits need vectors of double");
+  const auto device = student.device();
+  const auto check = [&](const Tensor& values, int64_t count, bool fits) {
+    STD_TORCH_CHECK(values.device() == device,
+                    "fastkd: every tensor must be on the device of student");
+    STD_TORCH_CHECK(values.numel() == count && values.is_contiguous() && fits,
+                    "fastkd: per-row tensors must be contiguous, [N] or [N, k] and of the compute "
+                    "dtype, ids and labels int64");
+  };
+  STD_TORCH_CHECK(ids.dim() == 2, "fastkd: ids must be [N, k]");
+  call.k = ids.size(1);
+  check(ids, call.N * call.k, ids.scalar_type() == ScalarType::Long);
+  check(log_probs, call.N * call.k, dtype(log_probs) == compute);
+  for (const Tensor* vector : {&student_inv_temperature, &teacher_inv_temperature}) {
+    check(*vector, call.N, dtype(*vector) == compute);
+  }
+  for (const std::optional<Tensor>* vector : {&log_rest, &soft_weight, &hard_weight}) {
+    if (*vector) check(**vector, call.N, dtype(**vector) == compute);
+  }
+  if (labels) check(*labels, call.N, labels->scalar_type() == ScalarType::Long);
+  if (dstudent) STD_TORCH_CHECK(dstudent->device() == device, "fastkd: dstudent is elsewhere");
+  STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= call.student.width,
+                  "fastkd: vocab_size out of range");
+  call.ids = static_cast<const int64_t*>(ids.data_ptr());
+  call.log_probs = log_probs.data_ptr();
+  call.log_rest = data(log_rest);
+  call.labels = static_cast<const int64_t*>(data(labels));
+  call.student_inv_temperature = student_inv_temperature.data_ptr();
+  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
+  call.soft_weight = data(soft_weight);
+  call.hard_weight = data(hard_weight);
+  call.vocab_size = vocab_size;
+  call.restricted = restricted;
+  Tensor soft = new_vector(student_inv_temperature, call.N);
+  Tensor hard = new_vector(student_inv_temperature, call.N);
+  call.soft = soft.data_ptr();
+  call.hard = hard.data_ptr();
+  launch(call, student);
+  return {soft, hard};
+}
+
+// The op fastkd::scale_rows_.
+template <void (*launch)(const ScaleRows& call, const Tensor& dstudent)>
+void scale_rows(Tensor dstudent, const Tensor& scale) {
+  ScaleRows call;
+  call.dstudent = rows(dstudent);
+  call.N = number_of_rows(dstudent);
+  call.per_row = scale.numel() != 1;
+  call.scale_is_double = dtype(scale) == DType::kDouble;
+  STD_TORCH_CHECK((scale.numel() == 1 || scale.numel() == call.N) && scale.is_contiguous() &&
+                      (call.scale_is_double || dtype(scale) == DType::kFloat),
+                  "fastkd: scale must be contiguous, one value or N, float or double");
+  call.scale = scale.data_ptr();
+  STD_TORCH_CHECK(scale.device() == dstudent.device(),
+                  "fastkd: scale must be on dstudent's device");
+  launch(call, dstudent);
+}
+
+}  // namespace fastkd

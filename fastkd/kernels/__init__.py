@@ -1,0 +1,135 @@
+"""The backends: which there are, whether they can run here, and the choice of one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import spec
+from . import cpu, cuda, reference, triton
+
+
+class Backend(NamedTuple):
+    suffix: str  # of its ops
+    missing: list[str]  # why it cannot run in this process, whatever the tensors
+    device: str | None = None  # the device type it takes; None: any
+    float64: bool = True  # whether it takes float64 logits
+    unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
+    by_name: bool = False  # "auto" passes it over
+    order_named: Callable = spec.order_named  # its fastkd::order_named
+
+
+BACKENDS = {  # in the order in which "auto" tries them
+    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit),
+    "triton": Backend(
+        triton.SUFFIX,
+        triton.MISSING,
+        triton.DEVICE,
+        float64=False,
+        unfit=None if triton.INTERPRETED else triton.unfit,
+        by_name=triton.INTERPRETED,
+    ),
+    "cpu": Backend("", cpu.MISSING, "cpu", order_named=cpu.ORDER_NAMED),
+    "reference": Backend(reference.SUFFIX, []),
+}
+
+
+def _reasons(backend: Backend) -> list[str]:
+    """Why it cannot run on this machine."""
+    if backend.missing or backend.unfit is None:
+        return list(backend.missing)
+    try:
+        unfit = [backend.unfit(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # a driver too old for this torch, a forked process
+        return [f"CUDA cannot be initialised: {error}"]
+    if not unfit:
+        return ["torch.cuda sees no GPU"]
+    return [reason for reasons in unfit for reason in reasons] if all(unfit) else []
+
+
+def backends() -> dict[str, list[str]]:
+    """Per backend the reasons why it cannot run on this machine; an empty list: it can.
+
+    Where there are GPU kernels this initialises CUDA.
+
+    >>> fastkd.backends()["cpu"]
+    []
+    """
+    return {name: _reasons(backend) for name, backend in BACKENDS.items()}
+
+
+def _can_run(backend: Backend, device: torch.device) -> bool:
+    if backend.missing or backend.device not in (None, device.type):
+        return False
+    return backend.unfit is None or not backend.unfit(device.index)
+
+
+class Ops(NamedTuple):
+    """Of one backend; see the schemas."""
+
+    dense_rows: Any
+    scale_rows_: Any
+    sparse_rows: Any
+    order_named: Any
+
+
+def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    double = dtype == torch.float64
+    if name == "auto":
+        name = next(
+            name
+            for name, backend in BACKENDS.items()
+            if not backend.by_name and (backend.float64 or not double) and _can_run(backend, device)
+        )
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    backend = BACKENDS[name]
+    reasons = []
+    if not _can_run(backend, device):
+        reasons = _reasons(backend)
+        if backend.device not in (None, device.type):
+            reasons.append(f"the logits are on {device.type}, not on {backend.device}")
+        elif not reasons and backend.unfit is not None:
+            reasons = backend.unfit(device.index)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot run here: " + "; ".join(reasons))
+    if double and not backend.float64:
+        raise TypeError(
+            f"backend {name!r} takes float32, bfloat16 and float16 logits, got float64: "
+            'pass backend="auto"'
+        )
+    x = backend.suffix
+    dense_rows, scale_rows_, sparse_rows = (
+        getattr(torch.ops.fastkd, op).default
+        for op in (f"dense_rows{x}", f"scale_rows{x}_", f"sparse_rows{x}")
+    )
+    return Ops(dense_rows, scale_rows_, sparse_rows, backend.order_named)
+
+
+# The choice takes as long as the kernel.
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype], Ops] = {}
+
+
+def register(name: str, backend: Backend) -> None:
+    """One more, the last that "auto" tries; its ops are there (core.ops.define)."""
+    BACKENDS[name] = backend
+    _CHOSEN.clear()
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The ops of the first backend that can run, or of the one asked for.
+
+    `dtype` is that of the arithmetic, spec.compute_dtype.
+
+    Raises:
+        TypeError: a backend that does not take the dtype.
+        ValueError: no such backend.
+        RuntimeError: the backend asked for cannot run; the message holds every reason.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a str, got {type(name).__name__}")
+    key = (name, device, dtype)
+    ops = _CHOSEN.get(key)
+    if ops is None:
+        ops = _CHOSEN[key] = _backend_ops(*key)
+    return ops
