@@ -90,7 +90,7 @@ def faster_than(name: str) -> Value:
 
 
 def beside_plain(variant: str = "") -> Value:
-    """Of the time of kd_loss without options, on logits of the same size in the same rounds."""
+    """Relative to kd_loss without options, on logits of the same size in the same rounds."""
 
     def value(r: Record) -> float | None:
         names = ours(r) + variant, f"{ours(r)}{variant}, plain"
@@ -182,6 +182,6 @@ HEADER = ["budget", "limit", "aim", "worst", "in", ""]
 
 
 def rows(everything: Iterable[Results]) -> list[list[str]]:
-    """Of a table: every budget, met or not, in the worst case of all devices of its kind."""
+    """Rows of a table: every budget, met or not, in the worst case of all devices of its kind."""
     everything = list(everything)
     return [budget.row(everything) for budget in BUDGETS]

@@ -67,7 +67,7 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of N x V."""
+        """The bytes of N x V logits."""
         return self.N * self.V * getattr(torch, self.dtype).itemsize
 
     @property

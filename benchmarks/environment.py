@@ -15,8 +15,8 @@ import fastkd
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("triton", "liger_kernel", "trl", "speculators")
-# Of the last minute, at import: well under 1 on an idle machine. On a busy one the threads of
-# PyTorch's own kernels wait for each other, and every ratio flatters the kernels that share less.
+# The load of the last minute, at import: well under 1 on an idle machine. On a busy one the threads
+# of PyTorch's own kernels wait for each other, and ratios flatter the kernels that share less.
 _LOAD_BEFORE = os.getloadavg()[0]
 
 

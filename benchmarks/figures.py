@@ -80,7 +80,7 @@ def _of(record: Record, name: str, other: str) -> float:
 
 
 def of_copy(record: Record, name: str) -> float:
-    """Of the device's own bandwidth in a copy of the same logits, in the same rounds."""
+    """Relative to the device's bandwidth in a copy of the same logits, in the same rounds."""
     return _of(record, name, "copy")
 
 

@@ -24,7 +24,7 @@ from .figures import Record
 from .providers import PROVIDERS, fastkd_loss, unavailable
 
 CHECKED = 16  # rows whose gradient is compared with float64
-# Of the student's logits from the teacher's: KL = distance^2 / (2 T^2) = 5e-6 at T = 2.
+# How far the student's logits are from the teacher's: KL = distance^2 / (2 T^2) = 5e-6 at T = 2.
 NEAR = 0.0063
 IDLE = "an autograd.Function that does nothing"
 PLAIN = ", plain"  # ends the name of a provider that computes another loss: kd_loss, beside it
@@ -181,7 +181,7 @@ def elapsed(device: str, step: Step, argument: Any) -> float:
 
 
 def per_call(seconds: list[float], calls: int = 1) -> Figures:
-    """Of every round, in order: the rounds of two providers belong together (figures.py)."""
+    """Every round's value, in order: the rounds of two providers belong together (figures.py)."""
     return {"seconds": [rounded(total / calls) for total in seconds]}
 
 

@@ -56,7 +56,7 @@ are converted first.""".replace("\n", " ")
 
 
 def load(folder: Path) -> dict[Path, Results]:
-    """Of every device, CPUs first."""
+    """The results of every device, CPUs first."""
     files = sorted(folder.glob("*/cpu.json")) + sorted(folder.glob("*/cuda.json"))
     return {path: json.loads(path.read_text()) for path in files}
 

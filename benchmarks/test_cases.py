@@ -8,8 +8,8 @@ from .cases import SURE, UNTIMED, Case
 from .measure import loop, measure
 from .store import Store
 
-# Of a row's gradient, against float64. Eager PyTorch in bfloat16 reaches 0.2; a temperature of 2
-# forgotten or one too many makes 0.5 or 1.
+# The error of a row's gradient, against float64. Eager PyTorch in bfloat16 reaches 0.2; a
+# temperature of 2 forgotten or one too many makes 0.5 or 1.
 ANOTHER_LOSS = {"float32": 1e-3, "bfloat16": 0.4}
 ROUNDING = {"float32": 1e-5, "bfloat16": 5e-3}  # of fastkd
 

@@ -58,8 +58,8 @@ from tqdm import tqdm
 import fastkd
 from fastkd.schedules import pruning_percentile
 
-# Of the student's logits [N, V], the teacher's (None: no teacher), the labels [N], the percentile
-# of the teacher's logits that the step leaves out, and the options.
+# A loss takes the student's logits [N, V], the teacher's (None: no teacher), the labels [N], the
+# percentile of the teacher's logits that the step leaves out, and the options.
 Loss = Callable[[Tensor, Tensor | None, Tensor, float, argparse.Namespace], Tensor]
 
 TEACHER = Size(width=192, layers=3, heads=3, learning_rate=2e-3)

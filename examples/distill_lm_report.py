@@ -148,7 +148,7 @@ def markdown(results: Results) -> str:
 
 
 def other_options(folder: Path) -> str:
-    """Of the runs beside the usual one: what each student came to."""
+    """The runs beside the usual one: what each student came to."""
     lines = ["| command | teacher | student | validation loss |", "| --- | ---: | --- | ---: |"]
     for path in sorted(folder.glob("distill_lm*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ class Allowance:
         return q, size, 20 + size + (q * size).sum(-1, keepdim=True), lq
 
     def soft_rows(self) -> Tensor:
-        """Of soft_r / T^2: relative to every term of the sum, and first order in ln p, ln q."""
+        """Bounds soft_r / T^2: relative to every term of the sum, and first order in ln p, ln q."""
         gap = self.gap
         terms = torch.maximum(self.p, self.q) * torch.minimum(gap, gap * gap)
         if self.beta == 0:
@@ -84,7 +84,7 @@ class Allowance:
         return (self.eps * (8 * terms + first) + second + floor).sum(-1) + shift
 
     def soft_gradient(self) -> Tensor:
-        """Of dD/dx."""
+        """Bounds dD/dx."""
         if self.beta == 0:
             return self.eps * (self.q * self.rel_q + self.p * self.rel_p) + 2 * self.tiny
         gap, q = self.gap, self.q
@@ -158,7 +158,7 @@ class Pooled:
 
 
 class SparseAllowance:
-    """Of topk_kd_loss: an Allowance for its few classes and their bucket, spread over all."""
+    """Bounds topk_kd_loss: an Allowance for its few classes and their bucket, spread over all."""
 
     def __init__(self, student, ids, log_probs, labels, outside, options) -> None:
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -218,7 +218,7 @@ class SparseAllowance:
 
 
 class DecoupledAllowance:
-    """Of dkd_loss: the other classes among themselves, and the label against all of them."""
+    """Bounds dkd_loss: the other classes among themselves, and the label against all of them."""
 
     def __init__(self, student, teacher, labels, options) -> None:
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32

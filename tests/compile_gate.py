@@ -109,7 +109,7 @@ def constant(name: str, kernel: str = "dense_rows") -> int:
 
 
 def vectors(variant: str, target: str) -> int:
-    """Of 8 columns, that a thread of this variant of dense_rows holds in registers."""
+    """How many vectors of 8 columns a thread of this variant of dense_rows holds in registers."""
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
@@ -178,7 +178,7 @@ def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
     kept = {id(i) for i in held.code}
 
     def again(function: str) -> Part:
-        """Of the core that reads its slice again. Not all lines name every caller."""
+        """The code of the core that reads its slice again. Not all lines name every caller."""
         return Part([i for i in Part(code, file, function).code if id(i) not in kept])
 
     return {

@@ -80,7 +80,7 @@ DEVICES = {backend.name: backend.device for backend in BACKENDS}
 
 
 def _instruction_sets() -> list[str]:
-    """Of the cpu backend on this processor, widest first."""
+    """What the cpu backend has on this processor, widest first."""
     if fastkd.backends()["cpu"]:
         return []
     limit = torch.ops.fastkd.cpu_instruction_set

@@ -70,7 +70,7 @@ def _nvidia(kernel) -> Report:
         ).stderr  # fmt: skip
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         sass = _tool("nvdisasm", "-c", str(cubin))
-    # Of the kernel and of the function that it calls.
+    # The kernel's and those of the function that it calls.
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     code, labels = [], {}
     for line in sass.splitlines():
@@ -154,7 +154,7 @@ def _census(code: list[str]) -> Loop:
 
 
 def _amd(kernel) -> Report:
-    """Of an AMD kernel, with all its memory accesses as if in one loop."""
+    """The report of an AMD kernel, with all its memory accesses as if in one loop."""
     text = kernel.asm["amdgcn"]
 
     def number(name: str) -> int:

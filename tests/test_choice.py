@@ -19,8 +19,8 @@ CPU, FLOAT, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
 
 def _ops(suffix: str = "") -> kernels.Ops:
     names = (f"dense_rows{suffix}", f"scale_rows{suffix}_", f"sparse_rows{suffix}")
-    kernels = (getattr(torch.ops.fastkd, name).default for name in names)
-    return kernels.Ops(*kernels, order_named=spec.order_named)
+    of_backend = (getattr(torch.ops.fastkd, name).default for name in names)
+    return kernels.Ops(*of_backend, order_named=spec.order_named)
 
 
 NATIVE, REFERENCE = _ops(), _ops("_reference")
@@ -276,7 +276,7 @@ def test_layouts():
 
 
 def test_a_cluster_that_strands_multiprocessors_is_passed_over():
-    """Of groups of 9 multiprocessors, clusters of 9 use all; the smallest that fit, 5, use half."""
+    """Clusters of 9 use all of groups of 9 multiprocessors; the smallest that fit, 5, use half."""
     GPUS["nines"] = (4, 16, *[9] * 16)
     try:
         (layout,) = layouts("nines", [9 * 8192 - 5]).values()

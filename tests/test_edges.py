@@ -133,7 +133,7 @@ def test_both_minus_infinity_removes_the_column(kernel, column, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_bottom_percentile_counts_a_missing_column(kernel, beta):
-    """Of 10 classes, 3 missing on both sides: 40 % drops those 3 and one more."""
+    """10 classes, 3 missing on both sides: 40 % drops those 3 and one more."""
     s, t = pair(2, 10)
     s[:, 2:5] = t[:, 2:5] = -INF
     result = check(kernel, s, t, beta=beta, bottom_percentile=40.0)

@@ -127,7 +127,7 @@ TAILS = {
 @pytest.mark.parametrize("T", [1.0, 2.0, 1.3])
 @pytest.mark.parametrize("tail", TAILS)
 def test_what_lies_beyond(kernel, tail, T):
-    """Of one row among others; the label in it and outside."""
+    """One row among others is sliced; its label lies in the slice and outside."""
     for (shared, own), beta in itertools.product(((9, 12), (1100, 2301)), (0.0, 0.5)):
         z, v = pair(5, shared, own)
         y = labels_of(5, shared, own)

@@ -122,7 +122,7 @@ def test_decoupled(backend, options):
 @pytest.mark.parametrize("outside", ["bucket", "restrict", "renormalize"])
 @pytest.mark.parametrize("k", [9, V - 1, V])
 def test_sparse(backend, outside, k):
-    """Of all classes nothing is outside, and the two sides are as close as logits are."""
+    """Where all classes are named nothing is outside, and the sides are as close as logits are."""
     s, t, T = rows()
     ids, log_probs = topk_teacher(t, k)
     holds(backend, topk_kd_loss, s, ids, log_probs, temperature=T, outside=outside)

@@ -100,7 +100,7 @@ def test_nothing_is_lost_at_large_temperatures(backend, beta, dtype, T):
     exact, dexact = gradient(REFERENCE, z.double(), v.double(), beta=beta, temperature=T)
     bounds = limit(z, v, beta)
     assert_close(value, exact, value.dtype, bounds.loss_bound)
-    # Of float16 stored first, 8 times as large.
+    # A float16 gradient is stored first, 8 times as large.
     roundings, spacings = (2, 1 + 1 / 8) if dtype == torch.float16 else (1, 1)
     assert_close(grad, dexact, dtype, bounds.gradient_bound, roundings=roundings, spacings=spacings)
 

@@ -198,7 +198,7 @@ def test_the_mean_of_logits_is_the_mean_of_reverse_divergences(backend):
 
 
 def test_two_peers_move_against_each_other(backend):
-    """Of two students that learn from each other at T = 1, without labels: gradients -g and g."""
+    """Two students learn from each other at T = 1, without labels: gradients -g and g."""
     a, b = pair(5, 40)
     one, two = run(backend, a, b), run(backend, b, a)
     torch.testing.assert_close(one.gradient, -two.gradient, rtol=1e-5, atol=1e-8)

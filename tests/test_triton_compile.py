@@ -20,7 +20,7 @@ import triton
 import triton_compile as aot
 from triton_compile import TARGETS, VARIANTS
 
-# Of this version of Triton, if it is one that CI has.
+# The table of this version of Triton, if it is one that CI has.
 COMMITTED = aot.TABLE.read_text().splitlines() if aot.TABLE.exists() else []
 
 

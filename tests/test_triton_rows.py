@@ -1,4 +1,4 @@
-"""Of the Triton kernels, what the shared tests meet by chance alone: alignments, offsets beyond 32
+"""What the shared tests meet in the Triton kernels by chance alone: alignments, offsets beyond 32
 bits, the selection by itself. On a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter.
 """
 

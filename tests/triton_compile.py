@@ -158,7 +158,7 @@ class Costs(NamedTuple):
 
 
 def costs(report: Report, bytes_per_pair: int) -> Costs:
-    """Of KL(p || q), found by what its loops do; those of ragged tiles are longer."""
+    """The loops of KL(p || q), found by what they do; those of ragged tiles are longer."""
     loops = [loop for loop in report.loops if loop.exponentials]
     sums = [loop for loop in loops if not loop.stores]
     second = [loop for loop in loops if loop.stores and min(loop.stores) == 16]

@@ -28,7 +28,7 @@ COUNT = round(SHARE * TRAINING)
 
 
 def best(trained: Trained) -> dict[str, Tensor]:
-    """Of each seed, at the epoch of its lowest validation error: stopped early."""
+    """The error of each seed, at the epoch of its lowest validation error: stopped early."""
     validation, test = torch.stack(trained.validation), torch.stack(trained.test)
     epoch = validation.argmin(0, keepdim=True)
     return {CHECK: validation.gather(0, epoch)[0], TEST: test.gather(0, epoch)[0]}

@@ -17,7 +17,7 @@ import fastkd
 
 from .data import CLASSES, PIXELS, Batch, Digits, Splits, batches, load
 
-# Of the logits [S, B, C]: the sum over the seeds of their mean losses.
+# The loss of logits [S, B, C]: the sum over the seeds of their mean losses.
 Loss = Callable[[Tensor, Batch], Tensor]
 
 TEACHER = (128, 128)  # hidden units
@@ -26,7 +26,7 @@ SEED = 1  # of weights, batches and jitter: the same for all that is compared
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run of the experiments; temperature and alpha of distillation where one does not say so.
+    """The settings of a run; temperature and alpha of distillation where one does not say so.
 
     These, and the widths, rates and epochs, were chosen on the validation parts of five seeds.
     """

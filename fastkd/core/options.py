@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Options(TypedDict, total=False):
-    """Of every loss."""
+    """What every loss takes."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor | None
@@ -25,7 +25,7 @@ class _Options(TypedDict, total=False):
 
 
 class _DenseOptions(_Options, total=False):
-    """Of the losses that take all of the teacher's logits."""
+    """What the losses take that read all of the teacher's logits."""
 
     beta: float
     top_k: int | None
@@ -34,17 +34,17 @@ class _DenseOptions(_Options, total=False):
 
 
 class KDOptions(_DenseOptions, total=False):
-    """Of :func:`fastkd.kd_loss`."""
+    """The options of :func:`fastkd.kd_loss`."""
 
 
 class DKDOptions(_DenseOptions, total=False):
-    """Of :func:`fastkd.dkd_loss`."""
+    """The options of :func:`fastkd.dkd_loss`."""
 
     hard_weight: float
 
 
 class TopKKDOptions(_Options, total=False):
-    """Of :func:`fastkd.topk_kd_loss`."""
+    """The options of :func:`fastkd.topk_kd_loss`."""
 
     outside: str
     repeated_ids: str

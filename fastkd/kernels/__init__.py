@@ -65,7 +65,7 @@ def _can_run(backend: Backend, device: torch.device) -> bool:
 
 
 class Ops(NamedTuple):
-    """Of one backend; see the schemas."""
+    """The ops of one backend; core.ops has their schemas."""
 
     dense_rows: Any
     scale_rows_: Any
