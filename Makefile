@@ -7,7 +7,7 @@ build:  ## the CPU module with all instruction sets, and the CUDA module where t
 build-fast:  ## one instruction set (FASTKD_ISA, else avx512), no CUDA: while editing csrc/cpu
 	FASTKD_CUDA=0 FASTKD_ISA=$${FASTKD_ISA:-avx512} $(PYTHON) setup.py -q build_ext --inplace
 quick:  ## a minute: one test of every kind, no emulation
-	FASTKD_EMULATION=0 $(PYTHON) -m pytest -q -n auto tests/test_backends.py tests/test_spec.py tests/test_arguments.py
+	FASTKD_EMULATION=0 $(PYTHON) -m pytest -q -n auto tests/losses/test_options.py tests/definition/test_spec.py tests/api/test_arguments.py
 test:  ## everything that needs no GPU
 	$(PYTHON) -m pytest -q -n auto --dist loadgroup
 emulate:  ## the CUDA kernels, compiled for the CPU
@@ -15,7 +15,7 @@ emulate:  ## the CUDA kernels, compiled for the CPU
 triton:  ## the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 FASTKD_EMULATION=0 $(PYTHON) -m pytest -q -n auto -k triton
 gate:  ## the machine code of both GPU backends against the committed tables
-	$(PYTHON) -m pytest -q tests/test_compile_gate.py tests/test_triton_compile.py
+	$(PYTHON) -m pytest -q tests/cuda_kernels/test_gate.py tests/triton_kernels/test_aot.py
 lint:
 	.ci/lint
 bench:  ## a quarter of an hour on an idle machine

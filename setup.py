@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # FASTKD_SANITIZE=address,undefined: a build for a test run under these sanitizers, by
-# tests/sanitize.sh. At -O3 it takes three times as long, and finds the same.
+# tests/project/sanitize.sh. At -O3 it takes three times as long, and finds the same.
 sanitize = os.environ.get("FASTKD_SANITIZE")
 sanitizers = [f"-fsanitize={sanitize}", "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitize else []
 
@@ -24,7 +24,7 @@ common_args = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 # FASTKD_LINEINFO=1: the CUDA kernels with the lines of their source, for profilers and for
-# tests/compile_gate.py. It changes no code, and makes the module 2.5 times as large.
+# tests/cuda_kernels/gate.py. It changes no code, and makes the module 2.5 times as large.
 line_info = ["-lineinfo"] if os.environ.get("FASTKD_LINEINFO") == "1" else []
 # What an error message says of where it was raised must not be where this was built.
 places = (Path(__file__).parent.resolve(), Path(torch.__file__).parent.parent)

@@ -1,4 +1,4 @@
-"""What the programs of benchmarks/on_gpu.sh share, and tests/test_gpu.py with them."""
+"""What the programs of benchmarks/on_gpu.sh share, and tests/cuda_kernels/test_gpu.py with them."""
 
 import argparse
 import sys

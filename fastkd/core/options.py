@@ -1,7 +1,7 @@
 """The options of the losses, as type checkers know them: what the functions and modules take.
 
-The functions have them as parameters, with defaults and documentation; tests/test_typing.py holds
-the two together.
+The functions have them as parameters, with defaults and documentation; tests/api/test_typing.py
+holds the two together.
 """
 
 from typing import TypedDict
