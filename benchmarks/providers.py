@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.kernels import BACKENDS
 
 from .cases import SPARSE, TEMPERATURE, Case, Loss
 from .eager import EAGER
@@ -78,9 +79,10 @@ def _compiled(make: Callable[[Case], Loss | None]) -> Callable[[Case], Loss | No
 
 
 PROVIDERS: dict[str, Provider] = {
-    **_fastkd("cpu"),
-    **_fastkd("cuda"),
-    **_fastkd("triton"),
+    provider: how
+    for backend in sorted(BACKENDS.keys() - {"reference"})
+    for provider, how in _fastkd(backend).items()
+} | {
     "eager": Provider(_eager),
     "eager float32": Provider(_eager_float32),
     "torch.compile": Provider(_compiled(_eager)),

@@ -1,36 +1,17 @@
 """The backends: which there are, whether they can run here, and the choice of one."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import spec
 from . import cpu, cuda, reference, triton
+from .backend import Backend
 
-
-class Backend(NamedTuple):
-    suffix: str  # of its ops
-    missing: list[str]  # why it cannot run in this process, whatever the tensors
-    device: str | None = None  # the device type it takes; None: any
-    float64: bool = True  # whether it takes float64 logits
-    unfit: Callable[[int], list[str]] | None = None  # why it cannot run on that device of its type
-    by_name: bool = False  # "auto" passes it over
-    order_named: Callable = spec.order_named  # its fastkd::order_named
-
-
-BACKENDS = {  # in the order in which "auto" tries them
-    "cuda": Backend("", cuda.MISSING, "cuda", float64=False, unfit=cuda.unfit),
-    "triton": Backend(
-        triton.SUFFIX,
-        triton.MISSING,
-        triton.DEVICE,
-        float64=False,
-        unfit=None if triton.INTERPRETED else triton.unfit,
-        by_name=triton.INTERPRETED,
-    ),
-    "cpu": Backend("", cpu.MISSING, "cpu", order_named=cpu.ORDER_NAMED),
-    "reference": Backend(reference.SUFFIX, []),
+BACKENDS: dict[str, Backend] = {  # in the order in which "auto" tries them
+    "cuda": cuda.BACKEND,
+    "triton": triton.BACKEND,
+    "cpu": cpu.BACKEND,
+    "reference": reference.BACKEND,
 }
 
 

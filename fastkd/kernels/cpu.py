@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from ..core.ops import ORDER_NAMED_OP
+from .backend import Backend
 
 MISSING = []
 if find_spec("fastkd._C") is not None:
@@ -11,4 +12,4 @@ if find_spec("fastkd._C") is not None:
 else:
     MISSING.append("fastkd._C is not built in this source tree")
 
-ORDER_NAMED = ORDER_NAMED_OP
+BACKEND = Backend("", MISSING, "cpu", order_named=ORDER_NAMED_OP)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .backend import Backend
+
 
 class Target(NamedTuple):
     """What kernels are compiled for: sm_86, sm_90a, or compute_120, which is PTX."""
@@ -78,3 +80,6 @@ def unfit(index: int) -> list[str]:
         f"GPU {index}, {gpu.name}, has compute capability {gpu.major}.{gpu.minor}, and the CUDA "
         f"kernels are built for {', '.join(target.name for target in _TARGETS)}"
     ]
+
+
+BACKEND = Backend("", MISSING, "cuda", float64=False, unfit=unfit)

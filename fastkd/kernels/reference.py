@@ -2,6 +2,7 @@
 
 from .. import spec
 from ..core.ops import define
+from .backend import Backend
 
-SUFFIX = "_reference"
-define(SUFFIX, spec.dense_rows, spec.scale_rows_, spec.sparse_rows)
+define("_reference", spec.dense_rows, spec.scale_rows_, spec.sparse_rows)
+BACKEND = Backend("_reference", [])

@@ -9,6 +9,7 @@ import torch
 from cuda_kernels.emulation import build
 
 import fastkd
+from fastkd import kernels
 from fastkd.kernels import triton as triton_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,19 +48,12 @@ class Backend:
         return self.label or self.name
 
 
-# A further backend is one line here.
-BACKENDS = (
-    Backend("reference"),
-    Backend("cpu"),
-    Backend("cuda", "cuda", float64=False),
-    # With TRITON_INTERPRET=1 in Triton's interpreter, else on a GPU.
-    Backend("triton", triton_backend.DEVICE, float64=False),
-    # The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
-    # Not where FASTKD_EMULATION=0 says that a GPU is at hand.
-    *(
-        Backend(name, float64=False, emulated=True)
-        for name in (build.backends() if os.environ.get("FASTKD_EMULATION") != "0" else ())
-    ),
+# The CUDA kernels' own source, emulated on the CPU: in both of its layouts of a row.
+# Not where FASTKD_EMULATION=0 says that a GPU is at hand.
+EMULATED = build.backends() if os.environ.get("FASTKD_EMULATION") != "0" else []
+BACKENDS = tuple(
+    Backend(name, backend.device or "cpu", backend.float64, emulated=name in EMULATED)
+    for name, backend in kernels.BACKENDS.items()
 )
 if triton_backend.INTERPRETED and not triton_backend.MISSING:
     from triton_kernels import interpreter as triton_interpreter

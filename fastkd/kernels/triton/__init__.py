@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.ops import define
+from ..backend import Backend
 
 OLDEST = (3, 6)  # of torch 2.10; earlier ones lack what the kernels use
 # Triton's interpreter, on CPU tensors: for tests of the kernels, thousands of times slower.
@@ -81,5 +82,12 @@ def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     _launch().scale_rows_(dstudent, scale)
 
 
-SUFFIX = "_triton"
-define(SUFFIX, dense_rows, scale_rows_, sparse_rows)
+define("_triton", dense_rows, scale_rows_, sparse_rows)
+BACKEND = Backend(
+    "_triton",
+    MISSING,
+    DEVICE,
+    float64=False,
+    unfit=None if INTERPRETED else unfit,
+    by_name=INTERPRETED,
+)
