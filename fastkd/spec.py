@@ -29,6 +29,11 @@ T^2 and its limit; Agarwal et al. 2024 (arXiv:2306.13649) for beta; Zhao et al. 
 (arXiv:2203.08679) for the decoupled terms.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +41,7 @@ from torch import Tensor
 INF = float("inf")
 NAN = float("nan")
 
-FORWARD, REVERSE, MIXTURE = range(3)  # which divergence soft is; as Mode in csrc/call.h
+FORWARD, REVERSE, MIXTURE = range(3)  # which divergence soft is; as in csrc/call.h
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -105,7 +110,7 @@ def soft_term(
     return value.squeeze(-1), gradient.masked_fill(lost, NAN)
 
 
-def logit_match(z: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+def flat_term(z: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
     """The limit of T^2 D [N] at T = infinity, and its gradient with respect to z [N, V].
 
     Infinite, and without a gradient, where a class has a logit on one side only.
@@ -169,6 +174,38 @@ def hard_term(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hard.squeeze(-1), gradient.masked_fill(hard.isnan(), NAN)
 
 
+def _rows_at_a_time(rows_of: Callable) -> Callable:
+    """`rows_of` for logits [N, V], as an op of logits [A, B, V], a few rows at a time: that bounds
+    the memory of its float64. Every tensor has one entry a row, or is logits.
+    """
+    signature = inspect.signature(rows_of)
+
+    @functools.wraps(rows_of)
+    def op(*arguments: Any) -> tuple[Tensor, Tensor]:
+        given = signature.bind(*arguments).arguments
+        student, dstudent = given["student"], given["dstudent"]
+        N, width = student.shape[:-1].numel(), student.shape[-1]
+        for name in ("student", "teacher"):
+            if name in given:
+                given[name] = given[name].reshape(N, given[name].shape[-1])
+        gradient = None
+        if dstudent is not None:
+            gradient = given["dstudent"] = dstudent.new_empty(N, width)
+        dtype = given["student_inv_temperature"].dtype
+        soft, hard = student.new_zeros(2, N, dtype=dtype)
+        step = max(1, (1 << 22) // width)
+        for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
+            soft[rows], hard[rows] = rows_of(
+                **{name: x[rows] if isinstance(x, Tensor) else x for name, x in given.items()}
+            )
+        if gradient is not None:
+            dstudent.copy_(gradient.view_as(dstudent))
+        return soft.clone(), hard.clone()  # an op's results share no memory
+
+    return op
+
+
+@_rows_at_a_time
 def dense_rows(
     student: Tensor,  # [A, B, V_student], rows r = a * B + b, N = A * B
     teacher: Tensor,  # [A, B, V_teacher]
@@ -193,70 +230,23 @@ def dense_rows(
     computed and leaves no trace in the gradient. A label that is no class makes its row NaN, but
     beyond vocab_size, where only the hard term has a gradient, not without one.
     """
-    z, v = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    z, v = z if hard_weight is not None else z[:, :vocab_size], v[:, :vocab_size]
-    label_classes = student.shape[-1] if target_weight is None else vocab_size
-    N = z.shape[0]
-    terms = [student_inv_temperature.new_zeros(N) for _ in range(3)]  # soft, hard, target
-    gradient = None
-    if dstudent is not None:
-        gradient = dstudent.new_zeros(N, dstudent.shape[-1])
-    step = max(1, (1 << 22) // z.shape[-1])  # rows at a time: bounds the memory of what follows
-    for rows in (slice(begin, begin + step) for begin in range(0, N, step)):
-        *parts, dz = _dense_rows(
-            z[rows],
-            v[rows],
-            None if labels is None else labels[rows],
-            student_inv_temperature[rows],
-            teacher_inv_temperature[rows],
-            None if soft_weight is None else soft_weight[rows],
-            None if hard_weight is None else hard_weight[rows],
-            None if target_weight is None else target_weight[rows],
-            None if keep is None else keep[rows],
-            label_classes,
-            divergence,
-            None if beta is None else beta[rows],
-            teacher_probs,
-        )
-        for term, part in zip(terms, parts, strict=True):
-            term[rows] = part
-        if gradient is not None:
-            gradient[rows, : dz.shape[-1]] = dz.to(gradient.dtype)
-    if dstudent is not None and gradient is not None:
-        dstudent.copy_(gradient.view_as(dstudent))
-    if target is not None:
-        target.copy_(terms[2])
-    return terms[0], terms[1]
-
-
-def _dense_rows(
-    z: Tensor,  # [N, V], or of all classes of the student where there is a hard term
-    v: Tensor,  # [N, V], V = vocab_size
-    labels: Tensor | None,
-    student_inv_temperature: Tensor,
-    teacher_inv_temperature: Tensor,
-    soft_weight: Tensor | None,
-    hard_weight: Tensor | None,
-    target_weight: Tensor | None,
-    keep: Tensor | None,
-    label_classes: int,
-    divergence: int,
-    beta: Tensor | None,
-    teacher_probs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = student.shape[-1]
+    label_classes = width if target_weight is None else vocab_size
     # In float64 wherever there is one: rounding is the business of the backends that are fast.
-    dtype = torch.float32 if z.device.type == "mps" else torch.float64
+    dtype = torch.float32 if student.device.type == "mps" else torch.float64
     weights = [w for w in (soft_weight, hard_weight, target_weight) if w is not None]
     skipped = torch.stack([w == 0 for w in weights]).all(0)
-    z, v = (x.to(dtype).masked_fill(skipped.unsqueeze(-1), 0) for x in (z, v))
+    whole = student if hard_weight is not None else student[:, :vocab_size]
+    v = teacher[:, :vocab_size]
+    whole, v = (x.to(dtype).masked_fill(skipped.unsqueeze(-1), 0) for x in (whole, v))
     if teacher_probs:
         v = v.masked_fill(skipped.unsqueeze(-1), 1).log()  # NaN where negative
-    whole, z = z, z[:, : v.shape[-1]]
+    z = whole[:, :vocab_size]
     lost = z.isnan().any(-1)
     if labels is not None:
         labels = labels.masked_fill(skipped, 0)
         lost = lost | (labels < 0) | (labels >= label_classes)
-    soft = hard = target = z.new_zeros(z.shape[0])
+    soft = hard = of_label = z.new_zeros(z.shape[0])
     gradient = torch.zeros_like(z)
 
     def add(gradient: Tensor, weight: Tensor, term: Tensor, slope: Tensor | None = None) -> Tensor:
@@ -273,7 +263,7 @@ def _dense_rows(
         if target_weight is None:
             soft, dx = soft_term(x, y, kept, divergence, beta)
             limit = student_inv_temperature == 0
-            soft_limit, dz = logit_match(z, v, kept, beta)
+            soft_limit, dz = flat_term(z, v, kept, beta)
             soft = torch.where(limit, soft_limit, soft)
             dx = torch.where(limit.unsqueeze(-1), dz, dx)
             slope = slope.masked_fill(limit, 1)
@@ -281,10 +271,10 @@ def _dense_rows(
             assert labels is not None, "the decoupled terms need labels"
             index = torch.where(lost, 0, labels).unsqueeze(-1)
             label = torch.zeros_like(kept).scatter_(-1, index, True)
-            soft, dx, target, dtarget = target_term(x, y, kept | label, label)
-            bad = bad | target.isnan()
-            target, dtarget = (
-                target.masked_fill(bad, NAN),
+            soft, dx, of_label, dtarget = target_term(x, y, kept | label, label)
+            bad = bad | of_label.isnan()
+            of_label, dtarget = (
+                of_label.masked_fill(bad, NAN),
                 dtarget.masked_fill(bad.unsqueeze(-1), NAN),
             )
             gradient = add(gradient, target_weight, dtarget, slope)
@@ -295,9 +285,12 @@ def _dense_rows(
         hard, dz = hard_term(whole, labels)
         hard, dz = hard.masked_fill(lost, NAN), dz.masked_fill(lost.unsqueeze(-1), NAN)
         gradient = add(F.pad(gradient, (0, whole.shape[-1] - z.shape[-1])), hard_weight, dz)
-    gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
-    soft, hard, target = (term.masked_fill(skipped, 0) for term in (soft, hard, target))
-    return soft, hard, target, gradient
+    if dstudent is not None:
+        gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
+        dstudent.copy_(F.pad(gradient, (0, width - gradient.shape[-1])))
+    if target is not None:
+        target.copy_(of_label.masked_fill(skipped, 0))
+    return soft.masked_fill(skipped, 0), hard.masked_fill(skipped, 0)
 
 
 def order_named(
@@ -339,8 +332,9 @@ def order_named(
     return ids, log_probs.to(dtype), log_rest.to(dtype)
 
 
+@_rows_at_a_time
 def sparse_rows(
-    student: Tensor,  # [A, B, V_student] or [N, V_student]
+    student: Tensor,  # [A, B, V_student]
     ids: Tensor,  # [N, k] int64, ascending, each once; those >= vocab_size are not there
     log_probs: Tensor,  # [N, k]
     log_rest: Tensor | None,  # [N]; given: all other classes are one more class of both sides
@@ -359,8 +353,7 @@ def sparse_rows(
     the power 1 / T like every class, so that equal distributions have zero loss at every T.
     """
     width = student.shape[-1]
-    whole = student.reshape(-1, width)
-    whole = (whole if hard_weight is not None else whole[:, :vocab_size]).double()
+    whole = (student if hard_weight is not None else student[:, :vocab_size]).double()
     weights = [w for w in (soft_weight, hard_weight) if w is not None]
     skipped = torch.stack([w == 0 for w in weights]).all(0)
     whole = whole.masked_fill(skipped.unsqueeze(-1), 0)
@@ -402,12 +395,10 @@ def sparse_rows(
         weight = hard_weight.unsqueeze(-1)
         gradient = F.pad(gradient, (0, width - vocab_size))
         gradient = gradient + torch.where(weight == 0, 0, weight * dz)
-    gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
     if dstudent is not None:
-        gradient = F.pad(gradient, (0, width - gradient.shape[-1]))
-        dstudent.copy_(gradient.view_as(dstudent))
-    dtype = student_inv_temperature.dtype
-    return soft.masked_fill(skipped, 0).to(dtype), hard.masked_fill(skipped, 0).to(dtype)
+        gradient = gradient.masked_fill(skipped.unsqueeze(-1), 0)
+        dstudent.copy_(F.pad(gradient, (0, width - gradient.shape[-1])))
+    return soft.masked_fill(skipped, 0), hard.masked_fill(skipped, 0)
 
 
 def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The ops' schemas and fakes. One schema serves every backend, written once.
+"""The ops' schemas and fakes. One schema serves every backend, the signature of its definition.
 
 ``fastkd::dense_rows`` is the native op, its kernels are C++ (csrc/); the other backends register
 the same schema under a name of their own, so that a backend asked for by name is that backend and
@@ -14,31 +14,21 @@ from torch import Tensor
 
 from .. import spec
 
-# student, dstudent [A, B, V_student], teacher [A, B, V_teacher], or [N, V] each, with stride 1 in
-# the last dimension; every vector [N], N = A * B, in the compute dtype, labels and keep int64. What
-# a schedule changes is a vector: a number in a graph would be compiled anew. See spec.dense_rows.
-DENSE_ROWS = (
-    "(Tensor student, Tensor teacher, Tensor? labels, Tensor student_inv_temperature, "
-    "Tensor teacher_inv_temperature, Tensor? soft_weight, Tensor? hard_weight, "
-    "Tensor(a!)? dstudent, Tensor? keep, int vocab_size, int divergence, Tensor? beta, "
-    "Tensor? target_weight=None, Tensor(b!)? target=None, bool teacher_probs=False) "
-    "-> (Tensor soft, Tensor hard)"
-)
-# ids, log_probs [N, k]: ids ascending, each once, those >= vocab_size not there; log_rest [N]. See
-# spec.sparse_rows.
-SPARSE_ROWS = (
-    "(Tensor student, Tensor ids, Tensor log_probs, Tensor? log_rest, Tensor? labels, "
-    "Tensor student_inv_temperature, Tensor teacher_inv_temperature, Tensor? soft_weight, "
-    "Tensor? hard_weight, Tensor(a!)? dstudent, int vocab_size, bool restricted) "
-    "-> (Tensor soft, Tensor hard)"
-)
-# What sparse_rows takes, of ids in any order; see spec.order_named.
-ORDER_NAMED = (
-    "(Tensor ids, Tensor log_probs, int vocab_size, bool bucket) "
-    "-> (Tensor ids, Tensor log_probs, Tensor log_rest)"
-)
-# dstudent *= scale, one value or one per row, read on the device; nothing is done where it is 1.
-SCALE_ROWS = "(Tensor(a!) dstudent, Tensor scale) -> ()"
+
+def _schema(definition: Callable, *written: str) -> str:
+    """The signature of the definition, as an op's; `written`: what it mutates.
+
+    Every backend takes logits [A, B, V] or [N, V] with stride 1 in the last dimension, and vectors
+    [N], N = A * B, contiguous, in the compute dtype; labels and keep int64. What a schedule changes
+    is a vector: a number in a graph would be compiled anew, and so are these.
+    """
+    return torch.library.infer_schema(definition, mutates_args=written).replace("SymInt", "int")
+
+
+DENSE_ROWS = _schema(spec.dense_rows, "dstudent", "target")
+SPARSE_ROWS = _schema(spec.sparse_rows, "dstudent")
+ORDER_NAMED = _schema(spec.order_named)
+SCALE_ROWS = _schema(spec.scale_rows_, "dstudent")
 
 
 def _dense_rows_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
