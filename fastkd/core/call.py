@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
 _FEW_ROWS = 4096
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}  # of array.array
+_CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q"}  # type codes of array.array
 # The least and the largest beta of a mixture: rounded to 0 or 1 it would be none, and 0 times a
 # divergence that is infinite; 1 / beta, a ratio q / m may be as large, has to be a number.
 _MIXTURES = {
@@ -109,9 +109,10 @@ def _filled(value: float, N: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _inverse_and_square(
     temperature: float | Tensor, N: int, logits: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float | Tensor]:
-    """1 / T [N], and T^2 as it came; NaN where a T that could not be checked is not usable.
+    """1 / T of every row [N], and T^2: a number, or [N] where the temperature is a tensor.
 
-    An infinite T has an inverse of 0, by which the kernels know the limit: it includes T^2.
+    A temperature that could not be checked and is not usable gives NaN. An infinite one has an
+    inverse of 0, by which kernels know the limit, and a square of 1, for the limit includes T^2.
     """
     if not isinstance(temperature, Tensor):
         squared = 1.0 if temperature == math.inf else temperature * temperature
@@ -128,7 +129,7 @@ def _check_nothing_counts(counts: bool, num_items: float) -> None:
 
 
 def _divergence(beta: float, N: int, like: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | None]:
-    """Which one it is, and beta [N] of a mixture."""
+    """The number of the divergence, and beta [N] where it is a mixture."""
     if beta == 0:
         return FORWARD, None
     if beta == 1:
@@ -142,13 +143,14 @@ def _divergence(beta: float, N: int, like: Tensor, dtype: torch.dtype) -> tuple[
 def _keep(
     top_k: int | None, bottom_percentile: float, vocab: int, N: int, like: Tensor
 ) -> Tensor | None:
-    """How many classes of a row are kept [N]; None: all."""
+    """How many classes of each row are kept [N]; None: all of them."""
     if top_k is None and bottom_percentile == 0:
         return None
     if not torch.compiler.is_compiling():
         keep = number_kept(top_k, bottom_percentile, vocab)
         return None if keep == vocab else _filled(keep, N, like, torch.int64)
-    # number_kept of numbers that may be symbols: whatever Python asks of them is compiled anew.
+    # The numbers may be symbols, and a graph is compiled anew for whatever Python asks of them: so
+    # this is number_kept in tensors.
     kept = _filled(vocab, N, like, torch.int64)
     if bottom_percentile > 0:
         double = torch.float32 if like.device.type == "mps" else torch.float64
@@ -179,7 +181,7 @@ def _row_scales(
     if reduction == "batchmean":
         if num_items is not None:
             divisor = num_items
-            if isinstance(num_items, Tensor):  # of any shape: it must not add dimensions to rows
+            if isinstance(num_items, Tensor):  # its shape must not add dimensions to rows
                 on_device = num_items.detach().to(like.dtype).reshape(())
                 divisor = num_items.item() if on_host(num_items) else on_device
         elif counting is not None:
@@ -200,7 +202,7 @@ def _row_scales(
         hard = torch.where(counting, hard, 0)
     if num_items is None:
         hard = hard / divisor if isinstance(divisor, Tensor) or divisor != 1 else hard
-    else:  # which may be 0 where every row is ignored
+    else:  # num_items may be 0 where every row is ignored
         if on_host(hard) and not isinstance(divisor, Tensor) and divisor == 0:
             _check_nothing_counts(bool(hard.any()), divisor)
         hard = torch.where(hard == 0, 0, hard / divisor)

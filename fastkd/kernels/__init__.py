@@ -87,7 +87,7 @@ def _backend_ops(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     return Ops(dense_rows, scale_rows_, sparse_rows, backend.order_named)
 
 
-# The choice takes as long as the kernel.
+# A choice is kept: to make it takes as long as a small kernel.
 _CHOSEN: dict[tuple[str, torch.device, torch.dtype], Ops] = {}
 
 
