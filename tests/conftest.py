@@ -79,7 +79,7 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--interpreted", type=int, default=1, metavar="N",
-        help="parameter sets per test that are run in Triton's interpreter; 0: all",
+        help="parameter sets per test, of split rows or not, in Triton's interpreter; 0: all",
     )  # fmt: skip
     parser.addoption(
         "--every-layout", action="store_true",
@@ -114,7 +114,7 @@ def _interpreted_share(config: pytest.Config, items: list[pytest.Item]) -> None:
             if torch.float64 in values or pruned:  # would be skipped; would not be split
                 left_out.add(item)
                 continue
-            name = item.nodeid.split("[")[0] + str(kernels[0])
+            name = item.nodeid.split("[")[0]
             groups.setdefault(name, []).append(item)
     for name, group in groups.items():
         if 0 < count < len(group):
