@@ -33,7 +33,7 @@ class KeptColumns {
     if (std::isnan(threshold_)) return false;  // a NaN leaves the teacher without an order
     const int64_t few = columns_ / 32;
     if (keep_ <= few && gather(few)) {
-      return !row_has_nan(call_.student, row_, call_.vocab_size);
+      return !row_has_nan<T>(call_.student, row_, call_.vocab_size);
     }
     masked_ = true;
     return true;
@@ -136,13 +136,11 @@ class KeptColumns {
 
   const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {
     if (!call_.teacher_probs) return load_columns<T>(call_.teacher, row_, begin, n, scratch);
-    dispatch(call_.teacher.dtype, [&](auto* stored) {
+    dispatch<T>(call_.teacher.dtype, [&](auto* stored) {
       using Stored = std::remove_pointer_t<decltype(stored)>;
-      if constexpr (sizeof(Stored) <= sizeof(T)) {
-        const Stored* probs =
-            static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
-        logarithms(probs, n, scratch);
-      }
+      const Stored* probs =
+          static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
+      logarithms(probs, n, scratch);
     });
     return scratch;
   }

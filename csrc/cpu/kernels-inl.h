@@ -1,5 +1,6 @@
-// The kernels of one instruction set. A clone of them is a source file that includes kernel.h, sets
-// its target, names the namespace FASTKD_ISA after it and includes this; they build side by side.
+// The kernels of one instruction set. A clone of them is a source file that includes dispatch.h,
+// sets its target, names the namespace FASTKD_ISA after it and includes this; they build side by
+// side.
 #pragma once
 #include "row.h"
 #include "sparse.h"
@@ -60,7 +61,7 @@ void scale_row(Stored* __restrict values, int64_t n, T scale) {
 }
 
 void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next) {
-  dispatch(call.dstudent.dtype, [&](auto* stored) {
+  dispatch<double>(call.dstudent.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
     for (int64_t row; (row = next++) < call.N;) {
@@ -80,3 +81,13 @@ void sparse_rows(const SparseRows& call, std::atomic<int64_t>& next) {
 }
 
 }  // namespace fastkd::cpu::FASTKD_ISA
+
+// double is for accuracy, not for speed: only one clone has it, the baseline or the only one built.
+#if defined(FASTKD_DOUBLE)
+void fastkd::cpu::dense_rows_double(const DenseRows& call, std::atomic<int64_t>& next) {
+  FASTKD_ISA::dense_rows_of<double>(call, next);
+}
+void fastkd::cpu::sparse_rows_double(const SparseRows& call, std::atomic<int64_t>& next) {
+  FASTKD_ISA::sparse_rows_of<double>(call, next);
+}
+#endif

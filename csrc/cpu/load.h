@@ -86,8 +86,9 @@ FASTKD_INLINE Half store<Half>(double value) {
   return store<Half>(static_cast<float>(value));
 }
 
-// Calls fn with a null pointer of the type that `dtype` names.
-template <class Fn>
+// Calls fn with a null pointer of the type that `dtype` names. Where the arithmetic is in float no
+// row is double, and nothing is compiled for that.
+template <class T, class Fn>
 FASTKD_INLINE void dispatch(DType dtype, const Fn& fn) {
   switch (dtype) {
     case DType::kFloat:
@@ -97,7 +98,7 @@ FASTKD_INLINE void dispatch(DType dtype, const Fn& fn) {
     case DType::kHalf:
       return fn(static_cast<Half*>(nullptr));
     case DType::kDouble:
-      return fn(static_cast<double*>(nullptr));
+      if constexpr (sizeof(T) == sizeof(double)) fn(static_cast<double*>(nullptr));
   }
 }
 

@@ -56,28 +56,46 @@ void advise_huge_pages(const Rows& rows, int64_t N) {
 #endif
 }
 
+// The kernels of a call. A build of one instruction set alone (setup.py) may be on a processor that
+// has not got it.
+const cpu::Kernels& kernels() {
+  STD_TORCH_CHECK(cpu::supported_kernels(0) != nullptr,
+                  "fastkd: built for an instruction set that this processor does not have");
+  return cpu::kernels();
+}
+
+// No kernel is compiled for a gradient wider than the arithmetic.
+template <class Call>
+void check_gradient(const Call& call) {
+  STD_TORCH_CHECK(call.is_double || call.dstudent.dtype != DType::kDouble,
+                  "fastkd: a double dstudent needs double logits");
+}
+
 void dense_rows_cpu(const DenseRows& call, const Tensor&) {
+  check_gradient(call);
   const bool is_own = call.dstudent.data != nullptr && call.dstudent.data != call.student.data;
   if (is_own && call.dstudent.is_contiguous()) advise_huge_pages(call.dstudent, call.N);
-  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::dense_rows_double : cpu::kernels().dense_rows)(call, next);
-  });
+  const auto compute = call.is_double ? cpu::dense_rows_double : kernels().dense_rows;
+  parallel_rows(call.N, call.student.width,
+                [&](std::atomic<int64_t>& next) { compute(call, next); });
 }
 
 void sparse_rows_cpu(const SparseRows& call, const Tensor&) {
+  check_gradient(call);
   if (call.dstudent.data != nullptr && call.dstudent.data != call.student.data &&
       call.dstudent.is_contiguous()) {
     advise_huge_pages(call.dstudent, call.N);
   }
-  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::sparse_rows_double : cpu::kernels().sparse_rows)(call, next);
-  });
+  const auto compute = call.is_double ? cpu::sparse_rows_double : kernels().sparse_rows;
+  parallel_rows(call.N, call.student.width,
+                [&](std::atomic<int64_t>& next) { compute(call, next); });
 }
 
 void scale_rows_cpu(const ScaleRows& call, const Tensor&) {
   if (!call.per_row && call.scale_of(0) == 1) return;
+  const auto scale = kernels().scale_rows;
   parallel_rows(call.N, call.dstudent.width,
-                [&](std::atomic<int64_t>& next) { cpu::kernels().scale_rows(call, next); });
+                [&](std::atomic<int64_t>& next) { scale(call, next); });
 }
 
 template <class T>

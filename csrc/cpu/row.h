@@ -99,7 +99,7 @@ class Row {
   // The calls of fn get a null pointer of the stored type, and the row as such.
   template <class Fn>
   void with_gradient(const Fn& fn) {
-    dispatch(call_.dstudent.dtype, [&](auto* stored) {
+    dispatch<T>(call_.dstudent.dtype, [&](auto* stored) {
       using Out = std::remove_pointer_t<decltype(stored)>;
       Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
       fn(out);

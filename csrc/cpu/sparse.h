@@ -84,7 +84,7 @@ class SparseRow {
   // False: a NaN was met.
   bool read() {
     const bool sums = call_.soft_weight && !call_.restricted;
-    bool valid = call_.hard_weight || sums || !row_has_nan(call_.student, row_, vocab_);
+    bool valid = call_.hard_weight || sums || !row_has_nan<T>(call_.student, row_, vocab_);
     int64_t next = 0;  // of the ids
     for (int64_t begin = 0; begin < vocab_ && (call_.hard_weight || sums); begin += kChunk) {
       const int64_t n = std::min(kChunk, vocab_ - begin);
@@ -207,7 +207,7 @@ class SparseRow {
 
   template <class Fn>
   void with_gradient(const Fn& fn) {
-    dispatch(call_.dstudent.dtype, [&](auto* stored) {
+    dispatch<T>(call_.dstudent.dtype, [&](auto* stored) {
       using Out = std::remove_pointer_t<decltype(stored)>;
       Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
       fn(out);

@@ -78,7 +78,7 @@ template <class T>
 const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
                       T* __restrict scratch) {
   const T* columns = scratch;
-  dispatch(rows.dtype, [&](auto* stored) {
+  dispatch<T>(rows.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     const Stored* __restrict source =
         static_cast<const Stored*>(rows.data) + rows.offset(row) + begin;
@@ -87,7 +87,7 @@ const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
     };
     if constexpr (std::is_same_v<Stored, T>) {
       columns = source;
-    } else if constexpr (sizeof(Stored) <= sizeof(T)) {
+    } else {
       constexpr int kLine = kLanes<Stored>;
       const auto line = [&](int64_t i) __attribute__((always_inline)) { touch_ahead(source + i); };
       n > kChunk ? each_column<kLine>(n, line, column) : each_column<kLine>(n, column);
@@ -100,12 +100,10 @@ const T* load_columns(const Rows& rows, int64_t row, int64_t begin, int64_t n,
 template <class T, class Index, class Out = T>
 const Out* gather_columns(const Rows& rows, int64_t row, const Index* columns, int64_t n,
                           Out* __restrict gathered) {
-  dispatch(rows.dtype, [&](auto* stored) {
+  dispatch<T>(rows.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
-    if constexpr (sizeof(Stored) <= sizeof(T)) {
-      const Stored* source = static_cast<const Stored*>(rows.data) + rows.offset(row);
-      for (int64_t i = 0; i < n; ++i) gathered[i] = static_cast<T>(load(source[columns[i]]));
-    }
+    const Stored* source = static_cast<const Stored*>(rows.data) + rows.offset(row);
+    for (int64_t i = 0; i < n; ++i) gathered[i] = static_cast<T>(load(source[columns[i]]));
   });
   return gathered;
 }
@@ -124,9 +122,10 @@ FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n) {
 }
 
 // The same of the first n columns of a row.
-inline bool row_has_nan(const Rows& rows, int64_t row, int64_t n) {
+template <class T>
+bool row_has_nan(const Rows& rows, int64_t row, int64_t n) {
   bool found = false;
-  dispatch(rows.dtype, [&](auto* stored) {
+  dispatch<T>(rows.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     found = has_nan_stored(static_cast<const Stored*>(rows.data) + rows.offset(row), n);
   });
