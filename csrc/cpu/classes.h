@@ -1,9 +1,10 @@
 // Which columns of a row the soft term reads, and reading them: all, those above a threshold, or a
 // few gathered; without the label where it has a term of its own.
 #pragma once
-#include "logarithm.h"
+#include "load.h"
+#include "math.h"
 #include "select.h"
-#include "workspace.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

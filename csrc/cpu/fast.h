@@ -1,44 +1,10 @@
-// The loops over the columns of one chunk of a row. They know exponentials and sums, not the loss:
-// `lead` is the distribution whose expectation the divergence takes (the teacher's in KL(p || q),
-// the student's in KL(q || p)), `other` the second one.
+// The loops over the columns of a chunk of an ordinary row, whose logits are finite.
 #pragma once
+#include "load.h"
 #include "math.h"
-#include "stream.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
-
-// What a chunk's exponentials are relative to. Any value within 2^40 of the maximum serves.
-template <class T>
-struct Frame {
-  T lead = -kInf<T>;
-  T other = -kInf<T>;
-};
-
-template <class T>
-struct Temperatures {
-  T lead, other;  // inverse
-
-  // Whether x is best formed from the difference of the two logits, which is exact where they
-  // nearly agree; each is centred first where their temperatures or offsets differ.
-  bool direct(Frame<T> frame) const {
-    return lead == other && std::fabs(frame.lead - frame.other) * lead < 8 &&
-           std::fabs(frame.lead) * lead < 100;
-  }
-};
-
-// With e = exp((logit - frame) / T) and x = the scaled lead minus the scaled other:
-template <class T>
-struct Sums {
-  T lead = 0;              // sum e_lead
-  T other = 0;             // sum e_other
-  T difference = 0;        // sum (e_other - e_lead)
-  T excess = 0;            // sum e_lead phi(x) = sum (e_lead x + e_other - e_lead), no term < 0
-  T cross = 0;             // sum e_lead x
-  T probe = 0;             // NaN where a pruned class holds an infinity or a NaN
-  bool forbidden = false;  // a column with other = -inf < lead: the divergence is infinite
-  bool too_high = false;   // a logit too far above the frame: the sums are not to be used
-  T top = kInf<T>;         // no e_lead is above 2^top
-};
 
 // What is kept of the exponentials for the gradient, in two buffers a and b.
 enum class Keep {
@@ -138,109 +104,6 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
           static_cast<T>(max_of(levels_lead) - Level<T>::kZero) + T(0.5)};
 }
 
-template <class T>
-FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
-  value = value > -bound ? value : -bound;
-  return value < bound ? value : bound;
-}
-
-// The same for any logits, with two exponentials; pruned classes come as -inf in both. What is kept
-// is 0 where both are -inf, and for the forward divergence where the other is.
-template <Keep kKeep, bool kDirect, class T>
-FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __restrict other,
-                                         int64_t n, Frame<T> frame, Temperatures<T> inverse,
-                                         T* __restrict a, T* __restrict b) {
-  constexpr T kHuge = std::numeric_limits<T>::max();
-  const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
-  const T shift = frame.other - frame.lead;
-  T lead_sums[kLanes<T>] = {}, other_sums[kLanes<T>] = {}, differences[kLanes<T>] = {},
-    excesses[kLanes<T>] = {}, crosses[kLanes<T>] = {}, forbidden[kLanes<T>] = {};
-  each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
-    const T l = lead[i], o = other[i];
-    const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
-    // In a frame that is not the maximum's the sum of `other` is not used.
-    constexpr T kHighest = -Level<T>::kLowest;
-    const T e_lead = exp2_flushed(u_lead);
-    const T e_other = exp2_flushed(u_other > kHighest ? kHighest : u_other);
-    const T x =
-        clamp(kDirect ? (l - o + shift) * inverse.lead : (u_lead - u_other) * kLn2<T>, kHuge);
-    const bool small = (x < 0 ? -x : x) < T(0.25);
-    const Ratio<T> to_other = ratio(small ? x * -kLog2E<T> : T(0));
-    const T difference = small ? e_lead * to_other.minus_one : e_other - e_lead;
-    lead_sums[lane] += e_lead;
-    other_sums[lane] += e_other;
-    differences[lane] += difference;
-    excesses[lane] += small ? e_lead * to_other.phi : e_lead * x + difference;
-    crosses[lane] += e_lead * x;
-    forbidden[lane] += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
-    if constexpr (kKeep != Keep::kNothing) {
-      const bool absent = kKeep == Keep::kForward && o == -kInf<T>;
-      a[i] = absent ? T(0) : e_lead;
-      b[i] = absent ? T(0) : kKeep == Keep::kReverse ? e_lead * x : difference;
-    }
-  });
-  return {sum_of(lead_sums),     sum_of(other_sums),
-          sum_of(differences),   sum_of(excesses),
-          sum_of(crosses),       0,
-          sum_of(forbidden) > 0, false};
-}
-
-template <class T>
-struct Sum {
-  T sum, max;
-};
-
-// exp((logit - frame) / T) of one side alone, kept in `e` unless it is null.
-template <class T>
-FASTKD_LOOP Sum<T> exponential(const T* __restrict logits, int64_t n, T frame, T inverse,
-                               Ahead ahead, T* __restrict e) {
-  const T scale = inverse * kLog2E<T>;
-  T sums[kLanes<T>] = {}, maxima[kLanes<T>];
-  std::fill(maxima, maxima + kLanes<T>, -kInf<T>);
-  const auto run = [&]<bool kKeep>() __attribute__((always_inline)) {
-    const auto line = [&](int64_t i) __attribute__((always_inline)) {
-      if (ahead.lead != 0) ahead.touch(i);
-    };
-    each_column<kLanes<T>>(n, line, [&](int64_t i, int lane) __attribute__((always_inline)) {
-      const T value = exp2_flushed((logits[i] - frame) * scale);
-      maxima[lane] = maxima[lane] < logits[i] ? logits[i] : maxima[lane];
-      sums[lane] += value;
-      if constexpr (kKeep) e[i] = value;
-    });
-  };
-  e == nullptr ? run.template operator()<false>() : run.template operator()<true>();
-  return {sum_of(sums), max_of(maxima)};
-}
-
-template <class T>
-FASTKD_LOOP T maximum(const T* __restrict values, int64_t n) {  // passes over NaN
-  T max = -kInf<T>;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = max < values[i] ? values[i] : max;
-  return max;
-}
-
-// Copies both sides with -inf in every class below the threshold: there they no longer exist.
-template <class T>
-FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, int64_t n,
-                      T threshold, T* __restrict masked_student, T* __restrict masked_teacher) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const bool keep = teacher[i] >= threshold;
-    masked_student[i] = keep ? student[i] : -kInf<T>;
-    masked_teacher[i] = keep ? teacher[i] : -kInf<T>;
-  }
-}
-
-// NaN anywhere in a chunk.
-template <class T>
-FASTKD_LOOP bool has_nan(const T* values, int64_t n) {
-  T nans = 0;
-#pragma omp simd reduction(+ : nans)
-  for (int64_t i = 0; i < n; ++i) nans += values[i] != values[i] ? T(1) : T(0);
-  return nans != 0;
-}
-
 // The mixture's two divergences, from a = e_student and b = e_teacher - e_student. With y = (q - p)
 // / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of excess(r) =
 // r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m). It is p that is
@@ -270,34 +133,6 @@ FASTKD_LOOP Mixture<T> mixture(T* __restrict a, T* __restrict b, int64_t n, T be
     b[i] = q * from_q.log;
   });
   return {sum_of(from_teacher), sum_of(from_student)};
-}
-
-// From a = e_student and b = e_student x, x = ln(q / p) less that of a class (or of none) for which
-// beta p / m is `share` and (1 - beta) q / m is `rest`: leaves b = e_student L with L = ln(q / m)
-// less that of this class, and returns its sum. Nothing of it cancels where q is all but 1, nor
-// where p is so far away that ln(q / m) is -ln(1 - beta) in most classes.
-template <class T>
-FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T share, T rest) {
-  constexpr T kLeast = sizeof(T) == 8 ? -700 : -80;  // of x, as far as an exponential reaches
-  T sums[kLanes<T>] = {};
-  each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
-    const bool there = a[i] > 0;
-    T x = b[i] / (there ? a[i] : T(1));
-    x = x < 200 ? x : T(200);     // where ln(q / m) has come to its limit
-    x = x > kLeast ? x : kLeast;  // a q that is nothing beside p
-    const Ratio<T> back = ratio(x * -kLog2E<T>);
-    b[i] = there ? -a[i] * log_terms(share * back.minus_one, share * back.exp2 + rest).log : T(0);
-    sums[lane] += b[i];
-  });
-  return sum_of(sums);
-}
-
-template <class T>
-FASTKD_LOOP T sum_of_columns(const T* __restrict values, int64_t n) {
-  T sums[kLanes<T>] = {};
-  each_column<kLanes<T>>(
-      n, [&](int64_t i, int lane) __attribute__((always_inline)) { sums[lane] += values[i]; });
-  return sum_of(sums);
 }
 
 // dstudent = ca a + cb b (+ ch h), in float32 (float64) and rounded once, at the store.

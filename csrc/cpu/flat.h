@@ -1,7 +1,8 @@
 // The soft term at T = infinity, where T^2 KL has become half the variance of z - v over the
 // classes (Hinton et al. 2015, section 2.1: matching logits).
 #pragma once
-#include "workspace.h"
+#include "load.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

@@ -2,8 +2,11 @@
 // sets its target, names the namespace FASTKD_ISA after it and includes this; they build side by
 // side.
 #pragma once
+#include "load.h"
+#include "math.h"
 #include "row.h"
 #include "sparse.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

@@ -1,8 +1,10 @@
 // One row of the loss: each logit is read from memory once, its exponentials stay in buffers that
 // fit the cache, and the gradient is combined from them.
 #pragma once
-#include "row_sum.h"
+#include "fast.h"
+#include "load.h"
 #include "soft.h"
+#include "sums.h"
 #include "tail.h"
 
 namespace fastkd::cpu::FASTKD_ISA {

@@ -1,9 +1,12 @@
 // The soft term of one row: the exponentials of both sides and their sums, chunk by chunk, then the
 // divergence and what its gradient is made of. Formulas: fastkd/spec.py.
 #pragma once
+#include "careful.h"
 #include "classes.h"
-#include "decoupled.h"
+#include "fast.h"
 #include "flat.h"
+#include "math.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 

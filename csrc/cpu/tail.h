@@ -1,7 +1,9 @@
 // The classes from vocab_size on, which the student has alone: the hard term's softmax is over them
 // as well, and of all terms only its gradient reaches them.
 #pragma once
-#include "row_sum.h"
+#include "fast.h"
+#include "load.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
