@@ -44,7 +44,8 @@ template <class T>
 void dense_rows_of(const DenseRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(columns(call));
-  each_row(call.N, next, [&](int64_t row, int64_t after) { Row<T>(call, work, row, after).run(); });
+  each_row(call.N, next,
+           [&](int64_t row, int64_t after) { DenseRow<T>(call, work, row, after).run(); });
 }
 
 template <class T>

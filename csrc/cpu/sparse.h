@@ -4,8 +4,8 @@
 #include "fast.h"
 #include "load.h"
 #include "math.h"
+#include "row.h"
 #include "sums.h"
-#include "tail.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -79,54 +79,37 @@ FASTKD_LOOP CategorySums divergence_of(const Categories& categories, int64_t n) 
 }
 
 template <class T>
-class SparseRow {
+class SparseRow : Row<T, SparseRows> {
  public:
   // `after`: the row that this thread is likely to compute next.
   SparseRow(const SparseRows& call, Workspace<T>& work, int64_t row, int64_t after)
-      : call_(call),
-        work_(work),
-        row_(row),
+      : Base(call, work, row),
         after_(after),
-        vocab_(call.vocab_size),
         ids_(call.ids + row * call.k),
         count_(present(ids_, call.k, vocab_)),
-        soft_weight_(vector(call.soft_weight)),
-        hard_weight_(vector(call.hard_weight)),
         student_inverse_(vector(call.student_inv_temperature)),
         // A bucket pools its classes at T = 1, before their sum is taken to the power 1 / T.
-        others_(call.log_rest ? T(1) : student_inverse_, work.a(), work.soft_frames()),
-        hard_(T(1), work.h(), work.hard_frames()),
-        tail_(call.student, work, row, vocab_, true) {}
+        others_(call.log_rest ? T(1) : student_inverse_, work.a(), work.soft_frames()) {}
 
   void run() {
-    double soft = 0, hard = 0;
-    if (soft_weight_ == 0 && hard_weight_ == 0) {
-      fill(T(0));
-    } else if (call_.labels && !(label() >= 0 && label() < call_.student.width)) {
-      soft = call_.soft_weight ? kNaN<double> : 0;
-      hard = call_.hard_weight ? kNaN<double> : 0;
-      lost_hard_ = true;
-      fill(kNaN<T>);
-    } else {
-      compute(soft, hard);
-    }
-    static_cast<T*>(call_.soft)[row_] = static_cast<T>(soft);
-    static_cast<T*>(call_.hard)[row_] = static_cast<T>(hard);
+    const bool skipped = soft_weight_ == 0 && hard_weight_ == 0;
+    Base::run(skipped, call_.student.width, [&] { return compute(); });
   }
 
  private:
+  using Base = Row<T, SparseRows>;
+  using Base::call_, Base::work_, Base::row_, Base::vocab_, Base::soft_weight_, Base::hard_weight_,
+      Base::hard_, Base::tail_, Base::lost_hard_;
+  using Base::vector, Base::label, Base::wants_gradient, Base::student_at, Base::with_gradient,
+      Base::fill;
+
   static int64_t present(const int64_t* ids, int64_t count, int64_t vocab) {
     while (count > 0 && ids[count - 1] >= vocab) --count;
     return count;
   }
-  T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
-  int64_t label() const { return call_.labels[row_]; }
-  T student_at(int64_t column) const {
-    T value;
-    return *load_columns<T>(call_.student, row_, column, 1, &value);
-  }
 
-  void compute(double& soft, double& hard) {
+  Terms<T> compute() {
+    double soft = 0, hard = 0;
     const bool valid = read();
     const T at_label = call_.hard_weight ? student_at(label()) : T(0);
     // Now that the row is in the cache: before, each of them was a read from memory.
@@ -139,12 +122,14 @@ class SparseRow {
       hard = sum > 0 ? std::log(sum) + double{frame} - double{at_label} : kNaN<double>;
       lost_hard_ = std::isnan(hard);
     }
-    if (!call_.dstudent.data) return;
+    const Terms<T> terms{static_cast<T>(soft), static_cast<T>(hard)};
+    if (!wants_gradient()) return terms;
     if ((soft_weight_ != 0 && std::isnan(soft)) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);
     } else {
       with_gradient([&](auto* out) { write_gradient(out); });
     }
+    return terms;
   }
 
   // The student's later columns.
@@ -277,33 +262,12 @@ class SparseRow {
     }
   }
 
-  template <class Fn>
-  void with_gradient(const Fn& fn) {
-    dispatch<T>(call_.dstudent.dtype, [&](auto* stored) {
-      using Out = std::remove_pointer_t<decltype(stored)>;
-      Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
-      fn(out);
-      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
-    });
-  }
-  void fill(T value) {
-    if (!call_.dstudent.data) return;
-    with_gradient([&](auto* out) {
-      std::fill(out, out + vocab_, store<std::remove_pointer_t<decltype(out)>>(value));
-    });
-  }
-
-  const SparseRows& call_;
-  Workspace<T>& work_;
-  const int64_t row_, after_, vocab_;
+  const int64_t after_;
   const int64_t* ids_;
   const int64_t count_;  // of the ids that are there
-  const T soft_weight_, hard_weight_, student_inverse_;
-  RowSum<T> others_;  // of the classes outside, or of all
-  RowSum<T> hard_;
-  Tail<T> tail_;
-  bool lost_hard_ = false;  // the hard term is NaN
-  Categories categories_;   // the ids, and what is outside of them
+  const T student_inverse_;
+  RowSum<T> others_;       // of the classes outside, or of all
+  Categories categories_;  // the ids, and what is outside of them
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA
