@@ -8,15 +8,16 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Copies both sides with -inf in every class below the threshold: there they no longer exist.
+// Copies both sides with -inf in every class below the threshold: that is how a class is left out.
 template <class T>
-FASTKD_LOOP void mask(const T* __restrict student, const T* __restrict teacher, int64_t n,
-                      T threshold, T* __restrict masked_student, T* __restrict masked_teacher) {
+FASTKD_LOOP void pruned_copies(const T* __restrict student, const T* __restrict teacher, int64_t n,
+                               T threshold, T* __restrict kept_student,
+                               T* __restrict kept_teacher) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const bool keep = teacher[i] >= threshold;
-    masked_student[i] = keep ? student[i] : -kInf<T>;
-    masked_teacher[i] = keep ? teacher[i] : -kInf<T>;
+    const bool kept = teacher[i] >= threshold;
+    kept_student[i] = kept ? student[i] : -kInf<T>;
+    kept_teacher[i] = kept ? teacher[i] : -kInf<T>;
   }
 }
 
@@ -26,21 +27,22 @@ FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
   return value < bound ? value : bound;
 }
 
-// The same for any logits, with two exponentials; pruned classes come as -inf in both. What is kept
-// is 0 where both are -inf, and for the forward divergence where the other is.
-template <Keep kKeep, bool kDirect, class T>
-FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __restrict other,
-                                         int64_t n, Frame<T> frame, Temperatures<T> inverse,
-                                         T* __restrict a, T* __restrict b) {
+// The sums of a chunk of any logits, by two exponentials; pruned classes come as -inf in both. What
+// is saved is 0 where both are -inf, and for the forward divergence where the other is.
+template <Divergence kSaved, bool kDirect, class T>
+FASTKD_LOOP ChunkSums<T> exponentials_careful(const T* __restrict lead, const T* __restrict other,
+                                              int64_t n, Offsets<T> offsets,
+                                              Temperatures<T> inverse, T* __restrict a,
+                                              T* __restrict b) {
   constexpr T kHuge = std::numeric_limits<T>::max();
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
-  const T shift = frame.other - frame.lead;
+  const T shift = offsets.other - offsets.lead;
   T lead_sums[kLanes<T>] = {}, other_sums[kLanes<T>] = {}, differences[kLanes<T>] = {},
     excesses[kLanes<T>] = {}, crosses[kLanes<T>] = {}, forbidden[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T l = lead[i], o = other[i];
-    const T u_lead = (l - frame.lead) * scale_lead, u_other = (o - frame.other) * scale_other;
-    // In a frame that is not the maximum's the sum of `other` is not used.
+    const T u_lead = (l - offsets.lead) * scale_lead, u_other = (o - offsets.other) * scale_other;
+    // Relative to an offset far below the maximum e_other is held; its sum is not used then.
     constexpr T kHighest = -Level<T>::kLowest;
     const T e_lead = exp2_flushed(u_lead);
     const T e_other = exp2_flushed(u_other > kHighest ? kHighest : u_other);
@@ -55,10 +57,10 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
     excesses[lane] += small ? e_lead * to_other.phi : e_lead * x + difference;
     crosses[lane] += e_lead * x;
     forbidden[lane] += o == -kInf<T> && l > -kInf<T> ? T(1) : T(0);
-    if constexpr (kKeep != Keep::kNothing) {
-      const bool absent = kKeep == Keep::kForward && o == -kInf<T>;
+    if constexpr (kSaved != Divergence::kNone) {
+      const bool absent = kSaved == Divergence::kForward && o == -kInf<T>;
       a[i] = absent ? T(0) : e_lead;
-      b[i] = absent ? T(0) : kKeep == Keep::kReverse ? e_lead * x : difference;
+      b[i] = absent ? T(0) : kSaved == Divergence::kReverse ? e_lead * x : difference;
     }
   });
   return {sum_of(lead_sums),     sum_of(other_sums),
@@ -68,11 +70,12 @@ FASTKD_LOOP Sums<T> exponentials_guarded(const T* __restrict lead, const T* __re
 }
 
 // From a = e_student and b = e_student x, x = ln(q / p) less that of a class (or of none) for which
-// beta p / m is `share` and (1 - beta) q / m is `rest`: leaves b = e_student L with L = ln(q / m)
-// less that of this class, and returns its sum. Nothing of it cancels where q is all but 1, nor
-// where p is so far away that ln(q / m) is -ln(1 - beta) in most classes.
+// beta p / m is `teacher_share` and (1 - beta) q / m is `student_share`: leaves b = e_student L
+// with L = ln(q / m) less that of this class, and returns its sum. Nothing of it cancels where q is
+// all but 1, nor where p is so far away that ln(q / m) is -ln(1 - beta) in most classes.
 template <class T>
-FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T share, T rest) {
+FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T teacher_share,
+                           T student_share) {
   constexpr T kLeast = sizeof(T) == 8 ? -700 : -80;  // of x, as far as an exponential reaches
   T sums[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
@@ -81,7 +84,10 @@ FASTKD_LOOP T beside_class(const T* __restrict a, T* __restrict b, int64_t n, T 
     x = x < 200 ? x : T(200);     // where ln(q / m) has come to its limit
     x = x > kLeast ? x : kLeast;  // a q that is nothing beside p
     const Ratio<T> back = ratio(x * -kLog2E<T>);
-    b[i] = there ? -a[i] * log_terms(share * back.minus_one, share * back.exp2 + rest).log : T(0);
+    b[i] = there ? -a[i] * log_terms(teacher_share * back.minus_one,
+                                     teacher_share * back.exp2 + student_share)
+                               .log
+                 : T(0);
     sums[lane] += b[i];
   });
   return sum_of(sums);

@@ -2,7 +2,7 @@
 
 namespace fastkd::cpu {
 
-// Weak: null where a build leaves the clone out.
+// Declared weak, a clone is null where a build leaves it out.
 #define FASTKD_DECLARE(isa)                                                           \
   namespace isa {                                                                     \
   [[gnu::weak]] void dense_rows(const DenseRows& call, std::atomic<int64_t>& next);   \

@@ -6,36 +6,35 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// What is kept of the exponentials for the gradient, in two buffers a and b.
-enum class Keep {
-  kNothing,
-  kForward,  // a = e_lead, b = e_other - e_lead; both 0 where other = -inf
-  kMixture,  // a = e_lead, b = e_other - e_lead
-  kReverse,  // a = e_lead, b = e_lead x
-};
+// What is saved of the exponentials for the gradient of a divergence, in two buffers a and b:
+//   kNone     nothing
+//   kForward  a = e_lead, b = e_other - e_lead; both 0 where other = -inf
+//   kMixture  a = e_lead, b = e_other - e_lead
+//   kReverse  a = e_lead, b = e_lead x
 
 // One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
 // they do not, a sum comes out infinite or NaN and the caller comes again by
-// `exponentials_guarded`.
+// `exponentials_careful`.
 //
 // The second exponential is e_lead times 2^y, y the difference of the logits: one polynomial gives
 // it, the difference e_other - e_lead and phi, each to its own relative precision. Two exponentials
-// formed apart and subtracted would keep none of the digits a converged student is about. That
+// formed apart and subtracted would have none of the digits a converged student is about. That
 // needs an e_lead that does not underflow: it is held at 2^-126, the smallest there is but 0.
 //
 // The prefetches lie between the lines: as many together would keep the core waiting (1.4 times the
 // time of the call).
 //
-// kPruned: classes whose teacher is below `threshold` do not exist; nothing of them is kept.
-template <Keep kKeep, bool kPruned, bool kTeacherLeads, bool kDirect, class T>
-FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict other, int64_t n,
-                                 Frame<T> frame, Temperatures<T> inverse, T threshold, Ahead ahead,
-                                 T* __restrict a, T* __restrict b) {
+// kPruned: classes whose teacher is below `threshold` do not take part; nothing of them is saved.
+template <Divergence kSaved, bool kPruned, bool kTeacherLeads, bool kDirect, class T>
+FASTKD_LOOP ChunkSums<T> exponentials_fast(const T* __restrict lead, const T* __restrict other,
+                                           int64_t n, Offsets<T> offsets, Temperatures<T> inverse,
+                                           T threshold, Ahead ahead, T* __restrict a,
+                                           T* __restrict b) {
   using LevelType = typename Level<T>::Type;
   const T scale_lead = inverse.lead * kLog2E<T>, scale_other = inverse.other * kLog2E<T>;
   constexpr T kLowest = Level<T>::kLowest;
-  const T lowest = frame.lead + kLowest / scale_lead;
-  const T shift = frame.lead - frame.other;
+  const T lowest = offsets.lead + kLowest / scale_lead;
+  const T shift = offsets.lead - offsets.other;
   constexpr int kLanes = cpu::FASTKD_ISA::kLanes<T>;
   T lead_sums[kLanes] = {}, other_sums[kLanes] = {}, differences[kLanes] = {},
     excesses[kLanes] = {}, crosses[kLanes] = {}, probes[kLanes] = {};
@@ -47,20 +46,20 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
   }
   const auto column = [&](int64_t i, int lane) __attribute__((always_inline)) {
     T l = lead[i], o = other[i];
-    const bool keep = !kPruned || (kTeacherLeads ? l : o) >= threshold;
+    const bool kept = !kPruned || (kTeacherLeads ? l : o) >= threshold;
     if constexpr (kPruned) {
       probes[lane] += (kTeacherLeads ? o : l) * T(0);
-      l = keep ? l : frame.lead;
-      o = keep ? o : frame.other;
+      l = kept ? l : offsets.lead;
+      o = kept ? o : offsets.other;
     }
     depths_lead[lane] = depths_lead[lane] < -l ? -l : depths_lead[lane];
     depths_other[lane] = depths_other[lane] < -o ? -o : depths_other[lane];
     if constexpr (kDirect) l = l < lowest ? lowest : l;
-    T u_lead = (l - frame.lead) * scale_lead;
+    T u_lead = (l - offsets.lead) * scale_lead;
     if constexpr (!kDirect) u_lead = u_lead < kLowest ? kLowest : u_lead;
-    const T y = kDirect ? (o - l + shift) * scale_lead : (o - frame.other) * scale_other - u_lead;
+    const T y = kDirect ? (o - l + shift) * scale_lead : (o - offsets.other) * scale_other - u_lead;
     const Exponential<T> exponential = exp2_normal(u_lead);
-    const T e_lead = keep ? exponential.value : T(0);
+    const T e_lead = kept ? exponential.value : T(0);
     const Ratio<T> to_other = ratio(y);
     LevelType& level_lead = levels_lead[lane];
     LevelType& level_ratio = levels_ratio[lane];
@@ -72,12 +71,13 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
     differences[lane] += difference;
     excesses[lane] += e_lead * to_other.phi;
     crosses[lane] += e_lead * y;
-    if constexpr (kKeep != Keep::kNothing) {
+    if constexpr (kSaved != Divergence::kNone) {
       // Beside a large x even 2^-126 would show: there it is 0.
-      const bool gone = kKeep == Keep::kReverse && (kDirect ? l <= lowest : u_lead <= kLowest);
-      const T kept = gone ? T(0) : e_lead;
-      a[i] = kept;
-      b[i] = kKeep == Keep::kReverse ? kept * (y * -kLn2<T>) : difference;
+      const bool gone =
+          kSaved == Divergence::kReverse && (kDirect ? l <= lowest : u_lead <= kLowest);
+      const T saved = gone ? T(0) : e_lead;
+      a[i] = saved;
+      b[i] = kSaved == Divergence::kReverse ? saved * (y * -kLn2<T>) : difference;
     }
   };
   each_column<kLanes>(n, [&](int64_t i) __attribute__((always_inline)) { ahead.touch(i); }, column);
@@ -86,8 +86,8 @@ FASTKD_LOOP Sums<T> exponentials(const T* __restrict lead, const T* __restrict o
   // A logit at -inf has to come out exactly 0, not 2^-126; so has one so low that 2^-126 times x
   // would show.
   constexpr T kFar = 1e6;
-  if (!((frame.lead + max_of(depths_lead)) * scale_lead < kFar) ||
-      !((frame.other + max_of(depths_other)) * scale_other < kFar)) {
+  if (!((offsets.lead + max_of(depths_lead)) * scale_lead < kFar) ||
+      !((offsets.other + max_of(depths_other)) * scale_other < kFar)) {
     sum_lead = kNaN<T>;
   }
   const bool too_high = max_of(levels_lead) - Level<T>::kZero > 35 ||

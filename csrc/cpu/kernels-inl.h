@@ -10,7 +10,8 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Kept from call to call: fresh memory would fault in page by page, each time anew.
+// The working memory of this thread, kept from call to call: fresh memory would fault in page by
+// page, each time anew.
 template <class T>
 Workspace<T>& workspace(int64_t vocab_size) {
   static thread_local std::unique_ptr<Workspace<T>> kept;
@@ -34,7 +35,7 @@ void each_row(int64_t N, std::atomic<int64_t>& next, const Compute& compute) {
   }
 }
 
-// Of the rows that the terms are over.
+// The columns of a row that the terms are over.
 template <class Call>
 int64_t columns(const Call& call) {
   return call.hard_weight ? call.student.width : call.vocab_size;

@@ -107,7 +107,7 @@ constexpr int64_t kChunk = 1024;  // columns: 16 KiB of float logits and exponen
 // Where the logits lie that are needed later, as they are stored: touched early, for the hardware's
 // own prefetch ends with every page, which is every chunk.
 struct Ahead {
-  uintptr_t lead = 0, other = 0;            // of the first column that is to be touched
+  uintptr_t lead = 0, other = 0;            // where the first column lies that is to be touched
   int64_t lead_bytes = 0, other_bytes = 0;  // per column
 
   FASTKD_INLINE void touch(int64_t column) const {
@@ -115,11 +115,11 @@ struct Ahead {
     __builtin_prefetch(reinterpret_cast<const void*>(other + column * other_bytes), 0, 2);
   }
 };
-// Columns. Where a chunk is converted before it is computed, all of it is read at once: it has to
-// be touched while the last but one is computed.
+// How many columns later. A chunk that is converted before it is computed is read all at once: it
+// has to be touched while the last but one is computed.
 constexpr int64_t kAhead = 2 * kChunk;
-// Where those columns lie while the chunk from `begin` on is computed: past the end of a row, at
-// the beginning of the row `after` it.
+// Where the columns lie that are touched while the chunk from `begin` on is computed: past the end
+// of a row, at the beginning of the row `after` it.
 inline uintptr_t address_ahead(const Rows& rows, int64_t row, int64_t after, int64_t columns,
                                int64_t begin) {
   const int64_t end = (columns + kChunk - 1) / kChunk * kChunk, ahead = begin + kAhead;
@@ -154,7 +154,7 @@ FASTKD_INLINE void each_column(int64_t n, const Column& column) {
   each_column<kLanes>(n, [](int64_t) {}, column);
 }
 
-// Of the lanes.
+// The sum and the maximum of the lanes.
 template <int kLanes, class T>
 FASTKD_INLINE T sum_of(const T (&lanes)[kLanes]) {
   T sum = 0;
@@ -219,7 +219,7 @@ FASTKD_LOOP bool has_nan_stored(const Stored* values, int64_t n) {
   return max_of(nans) != 0;
 }
 
-// The same of the first n columns of a row.
+// NaN anywhere in the first n columns of a row.
 template <class T>
 bool row_has_nan(const Rows& rows, int64_t row, int64_t n) {
   bool found = false;

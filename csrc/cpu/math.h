@@ -36,8 +36,8 @@ FASTKD_INLINE float exp2_flushed(float u) {
 }
 FASTKD_INLINE double exp2_flushed(double u) { return std::exp2(u); }
 
-// How large an exponent was: comparable, its zero at u = 0. The smallest exponent of a normal
-// number.
+// The exponent u that an exponential had, rounded, in a form whose maximum is cheap to keep: kZero
+// stands for u = 0. kLowest is the smallest exponent of a normal number.
 template <class T>
 struct Level {
   using Type = int32_t;
@@ -51,7 +51,7 @@ struct Level<double> {
   static constexpr int kLowest = -1022;
 };
 
-// 2^u for -126 <= u < 127. NaN stays NaN, with a level above all others.
+// 2^u for -126 <= u < 127, and the level of u. NaN stays NaN, with a level above all others.
 template <class T>
 struct Exponential {
   T value;
@@ -161,8 +161,8 @@ FASTKD_INLINE uint32_t oddity(double x) {
   return x >= std::numeric_limits<double>::min() && x < kInf<double> ? 0 : kOdd;
 }
 
-// ln of each value. kNormal: true if all of them are normal numbers > 0, else the logarithms are
-// not to be used.
+// Takes ln of each value. kNormal: true if all of them are normal numbers > 0, else the logarithms
+// are not to be used.
 template <bool kNormal, class Stored, class T>
 FASTKD_LOOP bool logarithms_of(const Stored* __restrict values, int64_t n, T* __restrict logs) {
   uint32_t oddest = 0;
@@ -176,7 +176,7 @@ FASTKD_LOOP bool logarithms_of(const Stored* __restrict values, int64_t n, T* __
   return oddest < kOdd;
 }
 
-// ln of each value.
+// Takes ln of each value.
 template <class Stored, class T>
 void logarithms(const Stored* values, int64_t n, T* logs) {
   if (!logarithms_of<true>(values, n, logs)) logarithms_of<false>(values, n, logs);
@@ -233,7 +233,7 @@ FASTKD_INLINE __m512 load16(const BFloat16* values, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// ln of each value.
+// Takes ln of each value.
 template <class Stored>
 FASTKD_LOOP void logarithms(const Stored* __restrict values, int64_t n, float* __restrict logs) {
   const auto some = [&](int64_t i, __mmask16 mask) __attribute__((always_inline)) {
@@ -256,7 +256,7 @@ struct ExpTerms {
 };
 FASTKD_INLINE ExpTerms exp_terms(double x) {
   constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  constexpr double kRoundDouble = 0x1.8p52;  // as kRound
+  constexpr double kRoundDouble = 0x1.8p52;  // what kRound is for float
   const bool gone = x < -708;
   const double held = gone ? -708 : x;
   const double rounded = held * kLog2E<double> + kRoundDouble;

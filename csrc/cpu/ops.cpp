@@ -21,7 +21,7 @@ namespace {
 // would wait for them for ever.
 void check_not_forked() {
 #if defined(__unix__) || defined(__APPLE__)
-  static std::atomic<pid_t> owner{0};  // of the pool
+  static std::atomic<pid_t> owner{0};  // the process that has the pool's threads
   const pid_t self = getpid();
   pid_t before = 0;
   STD_TORCH_CHECK(owner.compare_exchange_strong(before, self) || before == self,
@@ -99,20 +99,20 @@ void scale_rows_cpu(const ScaleRows& call, const Tensor&) {
 }
 
 template <class T>
-void sparse_teacher_of(const Tensor& ids, const Tensor& log_probs, const Tensor& ordered,
-                       const Tensor& ordered_log_probs, const Tensor& log_rest, int64_t vocab_size,
-                       bool bucket) {
-  const cpu::SparseTeacher<T> call{static_cast<const int64_t*>(ids.data_ptr()),
-                                   static_cast<const T*>(log_probs.data_ptr()),
-                                   static_cast<int64_t*>(ordered.data_ptr()),
-                                   static_cast<T*>(ordered_log_probs.data_ptr()),
-                                   bucket ? static_cast<T*>(log_rest.data_ptr()) : nullptr,
-                                   ids.size(0),
-                                   ids.size(1),
-                                   vocab_size};
+void order_named_of(const Tensor& ids, const Tensor& log_probs, const Tensor& ordered,
+                    const Tensor& ordered_log_probs, const Tensor& log_rest, int64_t vocab_size,
+                    bool bucket) {
+  const cpu::OrderNamed<T> call{static_cast<const int64_t*>(ids.data_ptr()),
+                                static_cast<const T*>(log_probs.data_ptr()),
+                                static_cast<int64_t*>(ordered.data_ptr()),
+                                static_cast<T*>(ordered_log_probs.data_ptr()),
+                                bucket ? static_cast<T*>(log_rest.data_ptr()) : nullptr,
+                                ids.size(0),
+                                ids.size(1),
+                                vocab_size};
   constexpr int64_t kPairsPerClass = 32;  // some 20 ns
   parallel_rows(call.N, call.k * kPairsPerClass,
-                [&](std::atomic<int64_t>& next) { cpu::order_rows(call, next); });
+                [&](std::atomic<int64_t>& next) { cpu::order_named(call, next); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> order_named_cpu(const Tensor& ids, const Tensor& log_probs,
@@ -126,9 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> order_named_cpu(const Tensor& ids, const Tens
   Tensor ordered = torch::stable::empty_like(ids);
   Tensor ordered_log_probs = torch::stable::empty_like(log_probs);
   Tensor log_rest = new_vector(log_probs, bucket ? ids.size(0) : 0);
-  (compute == DType::kDouble ? sparse_teacher_of<double>
-                             : sparse_teacher_of<float>)(ids, log_probs, ordered, ordered_log_probs,
-                                                         log_rest, vocab_size, bucket);
+  (compute == DType::kDouble ? order_named_of<double>
+                             : order_named_of<float>)(ids, log_probs, ordered, ordered_log_probs,
+                                                      log_rest, vocab_size, bucket);
   return {ordered, ordered_log_probs, log_rest};
 }
 

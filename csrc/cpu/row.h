@@ -28,7 +28,7 @@ class Row {
         vocab_(call.vocab_size),
         soft_weight_(vector(call.soft_weight)),
         hard_weight_(vector(call.hard_weight)),
-        hard_(T(1), saves_hard() ? work.h() : nullptr, work.hard_frames()),
+        hard_(T(1), saves_hard() ? work.h() : nullptr, work.hard_offsets()),
         tail_(call.student, work, row, vocab_, saves_hard()) {}
 
   T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
@@ -83,7 +83,7 @@ class Row {
   Workspace<T>& work_;
   const int64_t row_, vocab_;
   const T soft_weight_, hard_weight_;
-  RowSum<T> hard_;
+  OneSided<T> hard_;
   Tail<T> tail_;
   bool lost_hard_ = false;  // the hard term is NaN
 
@@ -140,16 +140,16 @@ class DenseRow : Row<T, DenseRows> {
     if (call_.target_weight) target = std::isnan(soft) ? soft : soft_.target();
     if (call_.hard_weight) {
       double sum = share_ ? soft_.student_sum() : hard_.sum();
-      T frame = share_ ? soft_.student_frame() : hard_.frame();
-      tail_.join(sum, frame);
-      hard = static_cast<T>(std::log(sum) + (double{frame} - double{label_logit}));
+      T offset = share_ ? soft_.student_offset() : hard_.offset();
+      tail_.join(sum, offset);
+      hard = static_cast<T>(std::log(sum) + (double{offset} - double{label_logit}));
       if (!(sum > 0)) hard = kNaN<T>;
       lost_hard_ = std::isnan(hard);
     }
     if (!wants_gradient()) return {soft, hard, target};
-    const bool lost_if_infinite = call_.divergence == Mode::kReverse || soft_.matches_logits();
-    const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
-    if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && lost_hard_)) {
+    const bool lost_if_infinite = call_.divergence == Divergence::kReverse || soft_.is_flat();
+    const bool lost_soft = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
+    if ((soft_.has_gradient() && lost_soft) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);
     } else {
       write_gradient();
@@ -157,7 +157,8 @@ class DenseRow : Row<T, DenseRows> {
     return {soft, hard, target};
   }
 
-  // Of the hard term's own exponentials of a chunk; where all of them are 0, of no scale.
+  // The factor that turns the hard term's own exponentials of a chunk into its gradient; they have
+  // no scale where all of them are 0.
   T hard_factor(int64_t index) const {
     return tail_.others() == 0 ? T(0)
                                : static_cast<T>(hard_weight_ * tail_.others() * hard_.scale(index));
@@ -178,7 +179,7 @@ class DenseRow : Row<T, DenseRows> {
     });
   }
 
-  // Every column; kSoft: the soft term's buffers hold them all.
+  // Writes every column; kSoft: the soft term's buffers hold them all.
   template <bool kSoft, class Out>
   void write_columns(Out* out) {
     if (!kSoft && !own_hard()) {
@@ -219,7 +220,7 @@ class DenseRow : Row<T, DenseRows> {
     at_label_ += hard_at_label_;
   }
 
-  // The few classes of the soft term, anew with both terms.
+  // Writes the few classes of the soft term once more, with both terms.
   template <class Out>
   void write_classes(Out* out) {
     const int32_t* classes = soft_.classes();

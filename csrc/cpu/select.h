@@ -30,7 +30,7 @@ struct Lanes {
 #elif defined(FASTKD_AVX2)
 #define FASTKD_PACK 1
 
-// For every mask the lanes it selects, a byte each.
+// The lanes that every mask selects, a byte each.
 struct Selections {
   uint64_t lanes[256] = {};
   constexpr Selections() {
@@ -66,7 +66,7 @@ struct Lanes {
 
 #endif
 
-// Of the values of a row, compared with a bracket.
+// What was found of the values of a row in and above a bracket.
 struct Found {
   int64_t above = 0;   // values > high
   int64_t inside = 0;  // values in (low, high], collected
@@ -148,10 +148,11 @@ FASTKD_LOOP int64_t columns_from(const T* __restrict values, int64_t n, T thresh
   return count;
 }
 
-// nth counts from 1; no value is NaN. Both buffers [n + 16] are used up.
+// The nth largest of values [n], from 1 on, none of which is NaN. Both buffers [n + 16] are used
+// up.
 //
-// Parts by packing where that is done by vectors: of some hundred values the branches that
-// std::nth_element misses cost eight times as much.
+// It parts the values by packing where that is done by vectors: of some hundred values the branches
+// that std::nth_element misses cost eight times as much.
 template <class T>
 FASTKD_LOOP T nth_largest(T* values, int64_t n, int64_t nth, T* spare) {
 #if defined(FASTKD_PACK)
@@ -178,9 +179,9 @@ FASTKD_LOOP T nth_largest(T* values, int64_t n, int64_t nth, T* spare) {
 
 // The keep-th largest of values [n] that all lie in (low, high]; both buffers [n + 16] are used up.
 //
-// As if they lay evenly there: where the answer then is, and around it six standard deviations of
-// a uniform order statistic, 1 / (2 sqrt(n)), are collected. Every count is exact, so that a bad
-// guess costs time and nothing else; after one, halves.
+// The answer is looked for as if they lay evenly there: around where it then is, six standard
+// deviations of a uniform order statistic, 1 / (2 sqrt(n)), are collected. Every count is exact, so
+// that a bad guess costs time and nothing else; after one, halves.
 template <class T>
 FASTKD_LOOP T nth_between(T* values, int64_t n, int64_t keep, T low, T high, T* spare) {
   constexpr int64_t kFew = 256;
@@ -211,8 +212,8 @@ FASTKD_LOOP T nth_between(T* values, int64_t n, int64_t keep, T low, T high, T* 
   return nth_largest(values, n, keep, spare);
 }
 
-// `values` [n], 1 <= keep < n; `scratch` and `spare` [n + 64]. NaN where a value is NaN, which has
-// no place in an order.
+// The keep-th largest of `values` [n], 1 <= keep < n; `scratch` and `spare` are [n + 64]. NaN where
+// a value is NaN, which has no place in an order.
 //
 // A bracket around the answer is guessed from a sample; what lies in it is collected in one pass
 // over the row, and searched.

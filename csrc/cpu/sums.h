@@ -8,9 +8,10 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// What a chunk's exponentials are relative to. Any value within 2^40 of the maximum serves.
+// What is subtracted from the logits of either side before their exponentials. Any value within
+// 2^40 of the maximum serves; chunks of a row may differ in theirs.
 template <class T>
-struct Frame {
+struct Offsets {
   T lead = -kInf<T>;
   T other = -kInf<T>;
 };
@@ -21,15 +22,16 @@ struct Temperatures {
 
   // Whether x is best formed from the difference of the two logits, which is exact where they
   // nearly agree; each is centred first where their temperatures or offsets differ.
-  bool direct(Frame<T> frame) const {
-    return lead == other && std::fabs(frame.lead - frame.other) * lead < 8 &&
-           std::fabs(frame.lead) * lead < 100;
+  bool direct(Offsets<T> offsets) const {
+    return lead == other && std::fabs(offsets.lead - offsets.other) * lead < 8 &&
+           std::fabs(offsets.lead) * lead < 100;
   }
 };
 
-// With e = exp((logit - frame) / T) and x = the scaled lead minus the scaled other:
+// The sums of a chunk, with e = exp((logit - offset) / T) of either side and x = the scaled lead
+// minus the scaled other.
 template <class T>
-struct Sums {
+struct ChunkSums {
   T lead = 0;              // sum e_lead
   T other = 0;             // sum e_other
   T difference = 0;        // sum (e_other - e_lead)
@@ -37,25 +39,25 @@ struct Sums {
   T cross = 0;             // sum e_lead x
   T probe = 0;             // NaN where a pruned class holds an infinity or a NaN
   bool forbidden = false;  // a column with other = -inf < lead: the divergence is infinite
-  bool too_high = false;   // a logit too far above the frame: the sums are not to be used
+  bool too_high = false;   // a logit too far above its offset: the sums are not to be used
   T top = kInf<T>;         // no e_lead is above 2^top
 };
 
-// The sums of a whole row, relative to the frame of its last chunk, in double.
+// The sums of a whole row, relative to the offsets of its last chunk, in double.
 template <class T>
 struct RowSums {
   double lead = 0, other = 0, difference = 0, excess = 0, cross = 0;
   bool forbidden = false;
-  bool moved = false;    // to another frame, so that chunks differ in theirs
+  bool moved = false;    // to other offsets, so that chunks differ in theirs
   bool inexact = false;  // `difference` and `excess` lost digits in a move
-  Frame<T> frame;
+  Offsets<T> offsets;
 
-  // Moves the sums to a new frame. With D = the shift of x, e_other / e_lead shrinks by exp(-D):
+  // Moves the sums to new offsets. With D = the shift of x, e_other / e_lead shrinks by exp(-D):
   // difference' = w (difference + expm1(-D) other), and so on; nothing cancels for small D.
-  void move(Frame<T> to, Temperatures<T> inverse) {
+  void move(Offsets<T> to, Temperatures<T> inverse) {
     if (lead != 0 || other != 0) {
-      const double by_lead = (double{to.lead} - frame.lead) * inverse.lead;
-      const double by_other = (double{to.other} - frame.other) * inverse.other;
+      const double by_lead = (double{to.lead} - offsets.lead) * inverse.lead;
+      const double by_other = (double{to.other} - offsets.other) * inverse.other;
       const double D = by_other - by_lead;
       moved |= !(std::fabs(D) < 1e-3);
       const double w = std::exp(-by_lead);
@@ -74,10 +76,10 @@ struct RowSums {
       lead *= w;
       other *= std::exp(-by_other);
     }
-    frame = to;
+    offsets = to;
   }
 
-  void add(const Sums<T>& chunk) {
+  void add(const ChunkSums<T>& chunk) {
     lead += chunk.lead;
     other += chunk.other;
     difference += chunk.difference;
@@ -87,9 +89,8 @@ struct RowSums {
   }
 };
 
-// The working memory of a thread.
-//
-// For rows of `vocab_size` columns, or of as many in all, those behind the first of them apart.
+// The working memory of a thread, for rows of `vocab_size` columns, or for rows of as many with
+// those of the tail, which lie behind the others.
 template <class T>
 struct Workspace {
   explicit Workspace(int64_t vocab_size)
@@ -97,7 +98,7 @@ struct Workspace {
         stride((vocab_size + 2 * 64 + 15) / 16 * 16),
         chunks((vocab_size + kChunk - 1) / kChunk),
         memory(new T[6 * stride + 6 * kChunk]),
-        frames(new Frame<T>[2 * chunks + 1]),
+        offsets(new Offsets<T>[2 * chunks + 1]),
         tops(new T[chunks]),
         columns(new int32_t[stride]) {}
 
@@ -108,9 +109,9 @@ struct Workspace {
   T* kept_student() { return teacher() + stride; }  // the selected classes alone
   T* kept_teacher() { return kept_student() + stride; }
   T* scratch(int k) { return kept_teacher() + stride + k * kChunk; }
-  Frame<T>* soft_frames() { return frames.get(); }
-  Frame<T>* hard_frames() { return frames.get() + chunks; }
-  T* soft_tops() { return tops.get(); }  // of each chunk, Sums::top
+  Offsets<T>* soft_offsets() { return offsets.get(); }
+  Offsets<T>* hard_offsets() { return offsets.get() + chunks; }
+  T* soft_tops() { return tops.get(); }  // ChunkSums::top of each chunk
   int32_t* kept_columns() { return columns.get(); }
   double* doubles(size_t n) {
     if (few.size() < n) few.resize(n);
@@ -118,8 +119,8 @@ struct Workspace {
   }
 
   int64_t vocab_size, stride, chunks;
-  std::unique_ptr<T[]> memory;  // not touched, not resident: few rows need all of it
-  std::unique_ptr<Frame<T>[]> frames;
+  std::unique_ptr<T[]> memory;  // what is not touched is not resident: few rows need all of it
+  std::unique_ptr<Offsets<T>[]> offsets;
   std::unique_ptr<T[]> tops;
   std::unique_ptr<int32_t[]> columns;
   std::vector<double> few;  // as many as a row's sparse teacher needs
@@ -134,26 +135,26 @@ FASTKD_LOOP T sum_of_columns(const T* __restrict values, int64_t n) {
 }
 
 template <class T>
-struct Sum {
+struct SideSum {
   T sum, max;
 };
 
-// exp((logit - frame) / T) of one side alone, kept in `e` unless it is null.
+// exp((logit - offset) / T) of one side alone, saved in `e` unless it is null.
 template <class T>
-FASTKD_LOOP Sum<T> exponential(const T* __restrict logits, int64_t n, T frame, T inverse,
-                               Ahead ahead, T* __restrict e) {
+FASTKD_LOOP SideSum<T> exponential(const T* __restrict logits, int64_t n, T offset, T inverse,
+                                   Ahead ahead, T* __restrict e) {
   const T scale = inverse * kLog2E<T>;
   T sums[kLanes<T>] = {}, maxima[kLanes<T>];
   std::fill(maxima, maxima + kLanes<T>, -kInf<T>);
-  const auto run = [&]<bool kKeep>() __attribute__((always_inline)) {
+  const auto run = [&]<bool kSave>() __attribute__((always_inline)) {
     const auto line = [&](int64_t i) __attribute__((always_inline)) {
       if (ahead.lead != 0) ahead.touch(i);
     };
     each_column<kLanes<T>>(n, line, [&](int64_t i, int lane) __attribute__((always_inline)) {
-      const T value = exp2_flushed((logits[i] - frame) * scale);
+      const T value = exp2_flushed((logits[i] - offset) * scale);
       maxima[lane] = maxima[lane] < logits[i] ? logits[i] : maxima[lane];
       sums[lane] += value;
-      if constexpr (kKeep) e[i] = value;
+      if constexpr (kSave) e[i] = value;
     });
   };
   e == nullptr ? run.template operator()<false>() : run.template operator()<true>();
@@ -171,56 +172,58 @@ FASTKD_LOOP T maximum(const T* __restrict values, int64_t n) {  // passes over N
 // The exponentials of a row of one side at some temperature, and their sum. The hard term,
 // -log softmax(student)[label], is one at T = 1 over all classes.
 template <class T>
-class RowSum {
+class OneSided {
  public:
-  // `kept` [vocab_size]: where the exponentials go; null: nowhere. `frames`: one for every chunk.
-  RowSum(T inverse, T* kept, Frame<T>* frames) : inverse_(inverse), kept_(kept), frames_(frames) {}
+  // `saved` [vocab_size]: where the exponentials go; null: nowhere. `offsets`: one for every chunk.
+  OneSided(T inverse, T* saved, Offsets<T>* offsets)
+      : inverse_(inverse), saved_(saved), offsets_(offsets) {}
 
-  // One chunk, in order. `ahead`: what is needed later, read early.
+  // Reads one chunk, in order. `ahead`: what is needed later, read early.
   void read(const T* logits, int64_t begin, int64_t n, Ahead ahead = {}) {
-    T* e = kept_ ? kept_ + begin : nullptr;
-    if (begin == 0) frame_ = maximum(logits, n);
-    Sum<T> chunk = exponential(logits, n, frame_, inverse_, ahead, e);
-    if ((chunk.max - frame_) * inverse_ > 20 || !(frame_ > -kInf<T>)) {
-      if (chunk.max > frame_) {
-        sum_ *= std::exp((double{frame_} - double{chunk.max}) * inverse_);
-        frame_ = chunk.max;
+    T* e = saved_ ? saved_ + begin : nullptr;
+    if (begin == 0) offset_ = maximum(logits, n);
+    SideSum<T> chunk = exponential(logits, n, offset_, inverse_, ahead, e);
+    if ((chunk.max - offset_) * inverse_ > 20 || !(offset_ > -kInf<T>)) {
+      if (chunk.max > offset_) {
+        sum_ *= std::exp((double{offset_} - double{chunk.max}) * inverse_);
+        offset_ = chunk.max;
       }
-      chunk = exponential(logits, n, frame_ > -kInf<T> ? frame_ : T(0), inverse_, ahead, e);
+      chunk = exponential(logits, n, offset_ > -kInf<T> ? offset_ : T(0), inverse_, ahead, e);
     }
     sum_ += static_cast<double>(chunk.sum);
-    frames_[begin / kChunk].lead = frame_;
+    offsets_[begin / kChunk].lead = offset_;
   }
 
   double sum() const { return sum_; }
   void set_sum(double sum) { sum_ = sum; }
 
-  // The probability of one column, and of all but some, which is 1 less theirs to its own
-  // precision. What is kept of those is lost then.
-  double share(int64_t column) const { return scale(column / kChunk) * kept_[column]; }
+  // The probability of one column, and that of all columns but some, to its own precision where 1
+  // less theirs would have none. It overwrites what is saved of those columns.
+  double share(int64_t column) const { return scale(column / kChunk) * saved_[column]; }
   double share_besides(const int64_t* columns, int64_t count, int64_t vocab) {
-    for (int64_t i = 0; i < count; ++i) kept_[columns[i]] = 0;
+    for (int64_t i = 0; i < count; ++i) saved_[columns[i]] = 0;
     double sum = 0;
     for (int64_t begin = 0, index = 0; begin < vocab; begin += kChunk, ++index) {
-      sum += scale(index) * double{sum_of_columns(kept_ + begin, std::min(kChunk, vocab - begin))};
+      sum += scale(index) * double{sum_of_columns(saved_ + begin, std::min(kChunk, vocab - begin))};
     }
     return sum;
   }
-  T frame() const { return frame_; }
-  double lse() const { return std::log(sum_) + double{frame_} * inverse_; }
+  T offset() const { return offset_; }
+  double lse() const { return std::log(sum_) + double{offset_} * inverse_; }
 
-  // What turns the exponentials of a chunk into probabilities. Mostly all have the same frame.
+  // The factor that turns the exponentials of a chunk into probabilities; mostly all chunks have
+  // the same offset.
   double scale(int64_t index) const {
-    const double moved = double{frames_[index].lead} - double{frame_};
+    const double moved = double{offsets_[index].lead} - double{offset_};
     return (moved == 0 ? 1.0 : std::exp(moved * inverse_)) / sum_;
   }
 
  private:
   const T inverse_;
-  T* const kept_;
-  Frame<T>* const frames_;
+  T* const saved_;
+  Offsets<T>* const offsets_;
   double sum_ = 0;
-  T frame_ = -kInf<T>;
+  T offset_ = -kInf<T>;
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA
