@@ -1,5 +1,37 @@
 // The soft term of one row: the exponentials of both sides and their sums, chunk by chunk, then the
 // divergence and what its gradient is made of. Formulas: fastkd/spec.py.
+//
+// How a chunk is read, read_chunk(): most go straight down.
+//
+//   T = infinity -----------> flat (flat.h): differences of logits, no exponentials
+//    |
+//    | any other T                             an offset is not finite
+//    |---------------------------------------------------.
+//    v                                                   |
+//   fast (fast.h): one exponential per class             |
+//    |   a logit is far above its offset: the            |
+//    |   offsets move, and it is read fast once more;    |
+//    |   not where a threshold prunes classes            |
+//    |                                                   v
+//    |---------------------> careful (careful.h): two exponentials per class,
+//    |   still so, or an     for this chunk and all that the row reads after it
+//    |   infinity, or a                                  |
+//    v   sum overflowed                                  |
+//   the row's sums <-------------------------------------'
+//    |
+//    '-- balance(): the offset of `other` moves where the sums are apart by a factor of 2
+//
+// What is read again when all chunks were read, finish(): mostly nothing.
+//
+//   read_again()  reads all chunks with their sums where the divergence is below 0.01 and the sums
+//                 are not alike or were moved: they have to be exact then. Else, where they were
+//                 moved and differences of exponentials are saved, it reads the chunks whose
+//                 offsets are far from the row's.
+//   refine()      reads all chunks of a sure row for its gradient: relative to the logits of a
+//                 class that is all but 1, whose gradient would cancel; or, where a mixture's
+//                 divergence is near its limit in most classes, relative to the mean class.
+//
+// A row is lost, its gradient NaN, at a NaN and where a side has no finite logit.
 #pragma once
 #include "careful.h"
 #include "classes.h"
@@ -251,7 +283,7 @@ class SoftTerm {
       offsets = student_leads_ ? Offsets<T>{student, teacher} : Offsets<T>{teacher, student};
       wanted &= std::isfinite(offsets.lead) && std::isfinite(offsets.other);
     }
-    const double limit = -std::log1p(-beta_);  // of ln(q / m), where p is nothing
+    const double limit = -std::log1p(-beta_);  // ln(q / m) where p is nothing
     if (mixed_ && !wanted && (limit - from_student_) * 4 < limit) {
       // The offsets are not those of a class, but of all of them in the mean.
       const double mean = std::fmin(sums_.cross / sums_.lead, 60 - log_ratio_);
@@ -296,37 +328,43 @@ class SoftTerm {
   }
 
   // The sums of one chunk relative to the row's offsets, its exponentials to the buffers.
-  ChunkSums<T> read_chunk(Chunk chunk, int64_t begin) {
-    ChunkSums<T> sums = exponentials_of(chunk, begin);
-    work_.soft_tops()[begin / kChunk] = sums.top;
-    return sums;
-  }
-  ChunkSums<T> exponentials_of(Chunk chunk, int64_t begin) {
+  ChunkSums<T> read_chunk(const Chunk& chunk, int64_t begin) {
     ChunkSums<T> sums;
     careful_ |= !std::isfinite(sums_.offsets.lead) || !std::isfinite(sums_.offsets.other);
     if (!careful_) {
-      sums = run_fast(chunk, begin);
-      if (sums.too_high && !refined_ && !columns_.has_threshold() && outgrown(offsets_of(chunk))) {
-        sums = run_fast(chunk, begin);
-      }
-      // What is saved and the lead's own sums are all that a row wants that is read once more.
-      careful_ = refined_ ? !std::isfinite(sums.lead + sums.cross)
-                          : sums.too_high || !std::isfinite(sums.excess) ||
-                                !std::isfinite(sums.lead + sums.other);
-      if (sums.probe != 0) lost_ |= has_nan(chunk.student, chunk.n);
+      sums = read_fast(chunk, begin);
+      careful_ = !is_usable(sums);
     }
-    if (careful_) {
-      if (columns_.has_threshold()) {
-        lost_ |= has_nan(chunk.student, chunk.n);
-        T *student = work_.scratch(2), *teacher = work_.scratch(3);
-        pruned_copies(chunk.student, chunk.teacher, chunk.n, columns_.threshold(), student,
-                      teacher);
-        chunk = {student, teacher, chunk.n};
-      }
-      if (!refined_) outgrown(offsets_of(chunk));
-      sums = run_careful(chunk, begin);
-    }
+    if (careful_) sums = read_careful(chunk, begin);
+    work_.soft_tops()[begin / kChunk] = sums.top;
     return sums;
+  }
+
+  ChunkSums<T> read_fast(const Chunk& chunk, int64_t begin) {
+    ChunkSums<T> sums = run_fast(chunk, begin);
+    if (sums.too_high && !refined_ && !columns_.has_threshold() && outgrown(offsets_of(chunk))) {
+      sums = run_fast(chunk, begin);
+    }
+    if (sums.probe != 0) lost_ |= has_nan(chunk.student, chunk.n);
+    return sums;
+  }
+
+  // Whether the sums of a fast read are what they should be. Of a row that is refined only what is
+  // saved and the lead's own sums are used.
+  bool is_usable(const ChunkSums<T>& sums) const {
+    if (refined_) return std::isfinite(sums.lead + sums.cross);
+    return !sums.too_high && std::isfinite(sums.excess) && std::isfinite(sums.lead + sums.other);
+  }
+
+  ChunkSums<T> read_careful(Chunk chunk, int64_t begin) {
+    if (columns_.has_threshold()) {
+      lost_ |= has_nan(chunk.student, chunk.n);
+      T *student = work_.scratch(2), *teacher = work_.scratch(3);
+      pruned_copies(chunk.student, chunk.teacher, chunk.n, columns_.threshold(), student, teacher);
+      chunk = {student, teacher, chunk.n};
+    }
+    if (!refined_) outgrown(offsets_of(chunk));
+    return run_careful(chunk, begin);
   }
 
   // Moves the row to new offsets where a chunk's maximum is far above the old ones.
@@ -343,60 +381,67 @@ class SoftTerm {
     return true;
   }
 
-  ChunkSums<T> run_fast(const Chunk& chunk, int64_t begin) {
-    T *a = work_.a() + begin, *b = work_.b() + begin;
-    const Ahead ahead = columns_.ahead(begin);
-    const auto run = [&]<Divergence kSaved, bool kTeacherLeads, bool kPruned>() {
-      const T* lead = kTeacherLeads ? chunk.teacher : chunk.student;
-      const T* other = kTeacherLeads ? chunk.student : chunk.teacher;
-      return inverse_.direct(sums_.offsets)
-                 ? exponentials_fast<kSaved, kPruned, kTeacherLeads, true>(
-                       lead, other, chunk.n, sums_.offsets, inverse_, columns_.threshold(), ahead,
-                       a, b)
-                 : exponentials_fast<kSaved, kPruned, kTeacherLeads, false>(
-                       lead, other, chunk.n, sums_.offsets, inverse_, columns_.threshold(), ahead,
-                       a, b);
-    };
-    const auto pick = [&]<Divergence kSaved, bool kTeacherLeads>() {
-      return columns_.has_threshold() ? run.template operator()<kSaved, kTeacherLeads, true>()
-                                      : run.template operator()<kSaved, kTeacherLeads, false>();
-    };
+  // The loops over columns that there are, by what is saved, who leads, whether classes are pruned
+  // and whether x is formed directly.
+  using Fast = decltype(&exponentials_fast<Divergence::kNone, false, false, false, T>);
+  using Careful = decltype(&exponentials_careful<Divergence::kNone, false, T>);
+
+  template <Divergence kSaved, bool kTeacherLeads>
+  static Fast fast_loop(bool pruned, bool direct) {
+    if (pruned) {
+      return direct ? exponentials_fast<kSaved, true, kTeacherLeads, true, T>
+                    : exponentials_fast<kSaved, true, kTeacherLeads, false, T>;
+    }
+    return direct ? exponentials_fast<kSaved, false, kTeacherLeads, true, T>
+                  : exponentials_fast<kSaved, false, kTeacherLeads, false, T>;
+  }
+  Fast fast_loop(bool pruned, bool direct) const {
     switch (saves_) {
       case Divergence::kForward:
-        return pick.template operator()<Divergence::kForward, true>();
-      case Divergence::kMixture:
-        return pick.template operator()<Divergence::kForward, false>();
+        return fast_loop<Divergence::kForward, true>(pruned, direct);
+      case Divergence::kMixture:  // what it saves is the same where all logits are finite
+        return fast_loop<Divergence::kForward, false>(pruned, direct);
       case Divergence::kReverse:
-        return pick.template operator()<Divergence::kReverse, false>();
+        return fast_loop<Divergence::kReverse, false>(pruned, direct);
       default:
-        return reverse_ ? pick.template operator()<Divergence::kNone, false>()
-                        : pick.template operator()<Divergence::kNone, true>();
+        return reverse_ ? fast_loop<Divergence::kNone, false>(pruned, direct)
+                        : fast_loop<Divergence::kNone, true>(pruned, direct);
     }
+  }
+
+  template <Divergence kSaved>
+  static Careful careful_loop(bool direct) {
+    return direct ? exponentials_careful<kSaved, true, T> : exponentials_careful<kSaved, false, T>;
+  }
+  Careful careful_loop(bool direct) const {
+    switch (saves_) {
+      case Divergence::kForward:
+        return careful_loop<Divergence::kForward>(direct);
+      case Divergence::kReverse:
+        return careful_loop<Divergence::kReverse>(direct);
+      case Divergence::kMixture:
+        return careful_loop<Divergence::kMixture>(direct);
+      default:
+        return careful_loop<Divergence::kNone>(direct);
+    }
+  }
+
+  ChunkSums<T> run_fast(const Chunk& chunk, int64_t begin) {
+    const T* lead = student_leads_ ? chunk.student : chunk.teacher;
+    const T* other = student_leads_ ? chunk.teacher : chunk.student;
+    const Fast loop = fast_loop(columns_.has_threshold(), inverse_.direct(sums_.offsets));
+    return loop(lead, other, chunk.n, sums_.offsets, inverse_, columns_.threshold(),
+                columns_.ahead(begin), work_.a() + begin, work_.b() + begin);
   }
 
   ChunkSums<T> run_careful(const Chunk& chunk, int64_t begin) {
     const T* lead = student_leads_ ? chunk.student : chunk.teacher;
     const T* other = student_leads_ ? chunk.teacher : chunk.student;
-    const int64_t n = chunk.n;
     Offsets<T> offsets = sums_.offsets;  // any serves for a side without a finite logit so far
     if (offsets.lead == -kInf<T>) offsets.lead = 0;
     if (offsets.other == -kInf<T>) offsets.other = 0;
-    T *a = work_.a() + begin, *b = work_.b() + begin;
-    const auto run = [&]<Divergence kSaved>() {
-      return inverse_.direct(offsets)
-                 ? exponentials_careful<kSaved, true>(lead, other, n, offsets, inverse_, a, b)
-                 : exponentials_careful<kSaved, false>(lead, other, n, offsets, inverse_, a, b);
-    };
-    switch (saves_) {
-      case Divergence::kForward:
-        return run.template operator()<Divergence::kForward>();
-      case Divergence::kReverse:
-        return run.template operator()<Divergence::kReverse>();
-      case Divergence::kMixture:
-        return run.template operator()<Divergence::kMixture>();
-      default:
-        return run.template operator()<Divergence::kNone>();
-    }
+    return careful_loop(inverse_.direct(offsets))(lead, other, chunk.n, offsets, inverse_,
+                                                  work_.a() + begin, work_.b() + begin);
   }
 
   T divergence() {
@@ -471,21 +516,21 @@ class SoftTerm {
   const T weight_, target_weight_, student_inverse_;
   const bool reverse_, mixed_;
   const double beta_;
-  const bool student_leads_;  // else the teacher
+  const bool student_leads_;  // else the teacher leads
   Temperatures<T> inverse_;
-  Divergence saves_;
-  bool careful_ = false;  // an infinity was met in this row
+  Divergence saves_;      // what is saved for the gradient is this divergence's
+  bool careful_ = false;  // the row's chunks are read so from here on
   bool lost_ = false;     // a NaN was met
-  bool refined_ = false;  // read for the last time
+  bool refined_ = false;  // refine() reads the row, or has read it
   int64_t top_ = -1;      // the column of a class that may be most of the lead; -1: none
-  Factors top_saved_;     // of it
+  Factors top_saved_;     // what is saved of it
   RowSums<T> sums_;
-  double log_ratio_ = 0;     // ln(Z_other / Z_lead) in the row's offsets
+  double log_ratio_ = 0;     // ln(Z_other / Z_lead) at the row's offsets
   double divergence_ = 0;    // unweighted
   double from_student_ = 0;  // KL(q || m)
   Flat<T> flat_;
   Binary target_;
-  bool empty_ = false;  // but for the label, a side has no finite logit
+  bool empty_ = false;  // a side has no finite logit beside the label's
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA
