@@ -22,7 +22,7 @@ FASTKD_LOOP void pruned_copies(const T* __restrict student, const T* __restrict 
 }
 
 template <class T>
-FASTKD_INLINE T clamp(T value, T bound) {  // NaN becomes -bound
+FASTKD_INLINE T clamp(T value, T bound) {  // turns NaN into -bound
   value = value > -bound ? value : -bound;
   return value < bound ? value : bound;
 }

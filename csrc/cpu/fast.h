@@ -1,16 +1,16 @@
 // The loops over the columns of a chunk of an ordinary row, whose logits are finite.
+//
+// What is saved of the exponentials for the gradient of a divergence, in two buffers a and b:
+//   kNone     nothing
+//   kForward  a = e_lead, b = e_other - e_lead; both 0 where other = -inf
+//   kMixture  a = e_lead, b = e_other - e_lead
+//   kReverse  a = e_lead, b = e_lead x
 #pragma once
 #include "load.h"
 #include "math.h"
 #include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
-
-// What is saved of the exponentials for the gradient of a divergence, in two buffers a and b:
-//   kNone     nothing
-//   kForward  a = e_lead, b = e_other - e_lead; both 0 where other = -inf
-//   kMixture  a = e_lead, b = e_other - e_lead
-//   kReverse  a = e_lead, b = e_lead x
 
 // One read of a chunk whose logits are finite and whose scaled differences stay below 2^127; where
 // they do not, a sum comes out infinite or NaN and the caller comes again by
@@ -21,8 +21,8 @@ namespace fastkd::cpu::FASTKD_ISA {
 // formed apart and subtracted would have none of the digits a converged student is about. That
 // needs an e_lead that does not underflow: it is held at 2^-126, the smallest there is but 0.
 //
-// The prefetches lie between the lines: as many together would keep the core waiting (1.4 times the
-// time of the call).
+// The prefetches are spread over the lines of columns: as many at once would keep the core waiting,
+// and the call would take 1.4 times as long.
 //
 // kPruned: classes whose teacher is below `threshold` do not take part; nothing of them is saved.
 template <Divergence kSaved, bool kPruned, bool kTeacherLeads, bool kDirect, class T>
@@ -72,7 +72,7 @@ FASTKD_LOOP ChunkSums<T> exponentials_fast(const T* __restrict lead, const T* __
     excesses[lane] += e_lead * to_other.phi;
     crosses[lane] += e_lead * y;
     if constexpr (kSaved != Divergence::kNone) {
-      // Beside a large x even 2^-126 would show: there it is 0.
+      // An e_lead held at 2^-126 would show where x is large: 0 is saved in its place.
       const bool gone =
           kSaved == Divergence::kReverse && (kDirect ? l <= lowest : u_lead <= kLowest);
       const T saved = gone ? T(0) : e_lead;
@@ -106,8 +106,8 @@ FASTKD_LOOP ChunkSums<T> exponentials_fast(const T* __restrict lead, const T* __
 
 // The mixture's two divergences, from a = e_student and b = e_teacher - e_student. With y = (q - p)
 // / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of excess(r) =
-// r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m). It is p that is
-// rounded where the other one is, which shows in m only: of q the smallest counts as well.
+// r ln r - r + 1 over m, without cancellation. Leaves a = q and b = q ln(q / m). Only p is formed
+// from a sum that was rounded, which shows in m alone; q counts where it is smallest as well.
 template <class T>
 struct Mixture {
   T from_teacher = 0;  // KL(p || m)

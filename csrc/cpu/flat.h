@@ -10,8 +10,8 @@ template <class T>
 struct Differences {
   T sum = 0, count = 0, open = 0;
 };
-// difference[i] = z - v and kept[i] = 1; both 0 where there is no class. `open`: how many
-// classes have a logit on one side only.
+// Sets difference[i] = z - v and kept[i] = 1; both are 0 where a class is not kept. `open`: how
+// many classes have a logit on one side only.
 template <class T>
 FASTKD_LOOP Differences<T> differences(const T* __restrict student, const T* __restrict teacher,
                                        int64_t n, T threshold, T* __restrict difference,

@@ -1,6 +1,5 @@
 // The kernels of one instruction set. A clone of them is a source file that includes dispatch.h,
-// sets its target, names the namespace FASTKD_ISA after it and includes this; they build side by
-// side.
+// sets its target, names the namespace FASTKD_ISA after it and includes this.
 #pragma once
 #include "load.h"
 #include "math.h"

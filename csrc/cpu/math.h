@@ -318,8 +318,8 @@ inline Binary binary_divergence(double teacher_odds, double student_odds) {
 }
 
 // Flushes results below the smallest normal number to 0 while it lives: a tail of subnormal
-// probabilities costs a hundred cycles each on some processors. Inputs are still read exactly,
-// for the selection of classes compares them.
+// probabilities costs a hundred cycles each on some processors. Inputs are still read exactly, for
+// the selection of classes compares them.
 class FlushToZero {
  public:
 #if defined(__x86_64__)

@@ -125,7 +125,7 @@ class DenseRow : Row<T, DenseRows> {
   bool own_hard() const { return hard_weight_ != 0 && !share_; }
 
   Terms<T> compute() {
-    auto [soft, hard, target] = Terms<T>();
+    T soft = 0, hard = 0, target = 0;
     const T label_logit = call_.hard_weight ? student_at(label()) : T(0);
     if (call_.soft_weight) soft_.prune();
     const bool read_hard = call_.hard_weight && !share_;

@@ -77,10 +77,10 @@ class SoftTerm {
     return call_.dstudent.data != nullptr && (weight_ != 0 || target_weight_ != 0);
   }
 
-  // At T = infinity, where an infinite value leaves no gradient.
+  // Whether T is infinite. An infinite value leaves no gradient then.
   bool is_flat() const { return student_inverse_ == 0; }
 
-  // The classes that take part. To be called before any is read.
+  // Finds the classes that are kept, before any is read.
   void prune() {
     lost_ = !columns_.select();
     if (!columns_.has_threshold()) return;
@@ -88,7 +88,8 @@ class SoftTerm {
     sums_.offsets = student_leads_ ? Offsets<T>{offsets.other, offsets.lead} : offsets;
   }
 
-  // One chunk of the student's logits, in order; none where the classes kept were gathered.
+  // Reads one chunk, in order, beside the student's logits; none where the kept classes were
+  // gathered.
   void read(const T* student, int64_t begin, int64_t n) {
     if (!lost_) read_first(columns_.load(begin, n, student), begin);
   }
@@ -145,10 +146,12 @@ class SoftTerm {
     return sum;
   }
 
-  // Forward: q - p = scale.other (a + b) - scale.lead a. Reverse: q (x - mean x) with x less what
-  // the offsets are apart. Mixture: (1 - beta) q (ln(q/m) - KL(q || m)); where it was read again as
-  // the reverse divergence is, (1 - beta) times that. All times the weight, and `hard_weight` times
-  // q besides.
+  // The gradient, by divergence:
+  //   forward  q - p = scale.other (a + b) - scale.lead a
+  //   reverse  q (x - mean x), with x less what the offsets are apart
+  //   mixture  (1 - beta) q (ln(q/m) - KL(q || m)); where refine() read it as it reads the reverse
+  //            divergence, (1 - beta) times that
+  // each times the weight, and `hard_weight` times q besides.
   Factors factors(int64_t index, double hard_weight) const {
     if (!has_gradient()) return {};
     if (is_flat()) {
@@ -210,8 +213,9 @@ class SoftTerm {
     }
   }
 
-  // What was read too early for the offsets that the row came to, mostly its first chunk or none.
-  // All of it where the distributions turned out to agree, so that the sums have to be exact.
+  // Reads again what was read too early for the offsets that the row came to, mostly its first
+  // chunk or none; or all of it, where the distributions turned out to agree, so that the sums have
+  // to be exact.
   void read_again() {
     const double log_ratio = std::log(sums_.other / sums_.lead);
     const bool saves_difference = saves_ == Divergence::kForward || saves_ == Divergence::kMixture;
@@ -241,7 +245,8 @@ class SoftTerm {
     }
   }
 
-  // Few chunks, mostly none, have a class that may be so large a part of the lead.
+  // Finds the class that is so large a part of the lead that its gradient may cancel. Few chunks,
+  // mostly none, may have one.
   void find_top() {
     // Its gradient is off by some 2 eps times its share s where that of the others is as small as
     // (1 - s) / sqrt(columns), evenly spread: that is to be less than half of 1e-5.
@@ -265,8 +270,8 @@ class SoftTerm {
   }
 
   // Reads the row once more, where the gradient of a class that is all but 1, or of all classes, is
-  // a difference of what nearly agrees: in that class's offsets, in which its x and with it all
-  // that would cancel is exactly 0. Such a row takes 1.3 to 1.8 times as long.
+  // a difference of what nearly agrees: relative to that class's logits its x, and with it all that
+  // would cancel, is exactly 0. Such a row takes 1.3 to 1.8 times as long.
   void refine() {
     if (!(divergence_ < kInf<double>)) return;
     Offsets<T> offsets = sums_.offsets;
@@ -292,7 +297,7 @@ class SoftTerm {
       wanted = std::isfinite(offsets.other);
     }
     if (!wanted) return;
-    // ln(p / q) of a class at these offsets.
+    // This is ln(p / q) of a class whose logits are these offsets.
     const double log_odds = (double{offsets.other} - sums_.offsets.other) * inverse_.other -
                             (double{offsets.lead} - sums_.offsets.lead) * inverse_.lead -
                             log_ratio_;
@@ -381,8 +386,8 @@ class SoftTerm {
     return true;
   }
 
-  // The loops over columns that there are, by what is saved, who leads, whether classes are pruned
-  // and whether x is formed directly.
+  // The loops over columns are picked by what is saved, who leads, whether a threshold prunes
+  // classes and whether x is formed directly.
   using Fast = decltype(&exponentials_fast<Divergence::kNone, false, false, false, T>);
   using Careful = decltype(&exponentials_careful<Divergence::kNone, false, T>);
 

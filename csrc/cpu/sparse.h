@@ -64,7 +64,7 @@ FASTKD_LOOP NamedSums divergence_of(const Named& named, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const double d = log_p[i] - log_q[i];
     const bool near = (d < 0 ? -d : d) < 1;
-    // Relative to their own size, however small d.
+    // What follows is precise relative to its own size, however small d is.
     const double excess = exp_terms(near ? d : 0).minus_one;  // p / q - 1
     const double near_q = p[i] / (1 + excess);
     const double far_q = kWhole ? exp_terms(log_q[i]).exp : q[i];

@@ -169,8 +169,8 @@ FASTKD_LOOP T maximum(const T* __restrict values, int64_t n) {  // passes over N
   return max;
 }
 
-// The exponentials of a row of one side at some temperature, and their sum. The hard term,
-// -log softmax(student)[label], is one at T = 1 over all classes.
+// The exponentials of a row of one side at some temperature, and their sum. The hard term, -log
+// softmax(student)[label], is one at T = 1 over all classes.
 template <class T>
 class OneSided {
  public:
