@@ -1,9 +1,10 @@
 // Which columns of a row the soft term reads, and reading them: all, those above a threshold, or a
 // few gathered; without the label where it has a term of its own.
 #pragma once
-#include "logarithm.h"
+#include "load.h"
+#include "math.h"
 #include "select.h"
-#include "workspace.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -22,30 +23,30 @@ class KeptColumns {
         row_(row),
         after_(after),
         columns_(call.vocab_size),
-        keep_(call.kept(row)),
+        kept_(call.kept(row)),
         label_(call.target_weight ? call.labels[row] : -1) {}
 
-  // To be called before any column is read. False: a NaN was met.
+  // Finds the classes that are kept, before any column is read. False: a NaN was met.
   bool select() {
-    if (keep_ == call_.vocab_size) return true;
+    if (kept_ == call_.vocab_size) return true;
     teacher_ = stored_teacher(0, columns_, work_.teacher());
-    threshold_ = kth_largest(teacher_, columns_, keep_, work_.a(), work_.b());
+    threshold_ = kth_largest(teacher_, columns_, kept_, work_.a(), work_.b());
     if (std::isnan(threshold_)) return false;  // a NaN leaves the teacher without an order
     const int64_t few = columns_ / 32;
-    if (keep_ <= few && gather(few)) {
-      return !row_has_nan(call_.student, row_, call_.vocab_size);
+    if (kept_ <= few && gather(few)) {
+      return !row_has_nan<T>(call_.student, row_, call_.vocab_size);
     }
-    masked_ = true;
+    has_threshold_ = true;
     return true;
   }
 
   int64_t count() const { return columns_; }
-  // Not all: the columns read are these classes. Else null.
+  // The classes that the columns read are, where they are not all, but gathered; else null.
   const int32_t* classes() const { return student_ ? work_.kept_columns() : nullptr; }
-  // Classes below the threshold do not exist, but are read as well.
-  bool masked() const { return masked_; }
+  // Whether columns below the threshold are read as well, which do not take part.
+  bool has_threshold() const { return has_threshold_; }
   T threshold() const { return threshold_; }
-  bool leaves_out_label() const { return label_ >= 0; }
+  bool decoupled() const { return label_ >= 0; }
   T label_student() const { return label_student_; }
   T label_teacher() const { return label_teacher_; }
 
@@ -54,7 +55,7 @@ class KeptColumns {
                 student_ ? student_ + begin
                          : load_columns<T>(call_.student, row_, begin, n, work_.scratch(0)));
   }
-  // The same beside the student's columns, loaded.
+  // Loads the teacher's columns beside the student's, which are given.
   Chunk load(int64_t begin, int64_t n, const T* student) {
     const Chunk chunk{student,
                       teacher_ ? teacher_ + begin : stored_teacher(begin, n, work_.scratch(1)), n};
@@ -62,25 +63,25 @@ class KeptColumns {
     return holds_label ? leave_out_label(chunk, label_ - begin) : chunk;
   }
 
-  // What is kept of a chunk's last column goes back to where it was; of the label nothing is.
+  // Moves what is saved of a chunk's last column back to where it belongs; the label's is 0.
   void put_label_back() {
     if (student_) return;
     const int64_t last = std::min((label_ / kChunk + 1) * kChunk, columns_) - 1;
-    for (T* kept : {work_.a(), work_.b()}) {
-      kept[last] = kept[label_];
-      kept[label_] = 0;
+    for (T* saved : {work_.a(), work_.b()}) {
+      saved[last] = saved[label_];
+      saved[label_] = 0;
     }
   }
 
   // The logits of both sides where the teacher's is among the largest.
-  Frame<T> beside_top() const {
+  Offsets<T> beside_top() const {
     int64_t top = label_ == 0 ? 1 : 0;
     const int64_t stride = columns_ / 256 + 1;
     for (int64_t i = 0; i < columns_; i += stride) {
       if (teacher_[i] > teacher_[top] && i != label_) top = i;
     }
     T beside = student_at(top);
-    if (!std::isfinite(beside)) beside = -kInf<T>;  // of a class that is perhaps pruned
+    if (!std::isfinite(beside)) beside = -kInf<T>;  // the class may be a pruned one
     return {teacher_[top], beside};
   }
 
@@ -102,8 +103,9 @@ class KeptColumns {
   }
 
  private:
-  // Bytes, of 2 MiB of L2: at 501 KiB pruned rows take 1.31 times the time of others, 1.38 if the
-  // next one is touched; at 128 KiB 1.52, or 1.39 then.
+  // The bytes of a teacher's row from which on the next row is not touched early, measured with an
+  // L2 of 2 MiB. At 501 KiB pruned rows take 1.31 times the time of rows that are not pruned, and
+  // 1.38 times if the next row is touched; at 128 KiB 1.52 times, and 1.39 times if it is touched.
   static constexpr int64_t kLongRow = 384 << 10;
 
   // Few classes are taken out of their rows: the others cost no exponential. False where ties make
@@ -136,13 +138,11 @@ class KeptColumns {
 
   const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {
     if (!call_.teacher_probs) return load_columns<T>(call_.teacher, row_, begin, n, scratch);
-    dispatch(call_.teacher.dtype, [&](auto* stored) {
+    dispatch<T>(call_.teacher.dtype, [&](auto* stored) {
       using Stored = std::remove_pointer_t<decltype(stored)>;
-      if constexpr (sizeof(Stored) <= sizeof(T)) {
-        const Stored* probs =
-            static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
-        logarithms(probs, n, scratch);
-      }
+      const Stored* probs =
+          static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
+      logarithms(probs, n, scratch);
     });
     return scratch;
   }
@@ -164,12 +164,12 @@ class KeptColumns {
   Workspace<T>& work_;
   const int64_t row_, after_;
   int64_t columns_;
-  const int64_t keep_;          // of them
+  const int64_t kept_;          // how many of them are kept
   const int64_t label_;         // that is left out; -1: none
   const T* teacher_ = nullptr;  // converted whole where classes are pruned, or gathered
   const T* student_ = nullptr;  // gathered
   T threshold_ = 0;             // the smallest teacher logit kept
-  bool masked_ = false;
+  bool has_threshold_ = false;
   T label_student_ = 0, label_teacher_ = 0;
 };
 

@@ -2,11 +2,12 @@
 
 namespace fastkd::cpu {
 
-#define FASTKD_DECLARE(isa)                                             \
-  namespace isa {                                                       \
-  void dense_rows(const DenseRows& call, std::atomic<int64_t>& next);   \
-  void sparse_rows(const SparseRows& call, std::atomic<int64_t>& next); \
-  void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next);   \
+// Declared weak, a clone is null where a build leaves it out.
+#define FASTKD_DECLARE(isa)                                                           \
+  namespace isa {                                                                     \
+  [[gnu::weak]] void dense_rows(const DenseRows& call, std::atomic<int64_t>& next);   \
+  [[gnu::weak]] void sparse_rows(const SparseRows& call, std::atomic<int64_t>& next); \
+  [[gnu::weak]] void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next);   \
   }
 FASTKD_DECLARE(avx512)
 FASTKD_DECLARE(avx2)
@@ -33,7 +34,7 @@ std::atomic<int> limit{0};
 const Kernels* supported_kernels(int index) {
   if (index < 0) return nullptr;
   for (const Kernels& kernels : kTable) {
-    if (kernels.supported() && index-- == 0) return &kernels;
+    if (kernels.dense_rows && kernels.supported() && index-- == 0) return &kernels;
   }
   return nullptr;
 }

@@ -21,7 +21,7 @@
 namespace fastkd::cpu {
 
 struct Kernels {
-  const char* name;  // of the instruction set
+  const char* name;  // the instruction set's
   bool (*supported)();
   // Take rows from `next` on until N are done. Several threads share `next`, for rows that are
   // skipped cost nothing and often lie together.
@@ -33,7 +33,7 @@ struct Kernels {
 // The widest set this processor has, or a narrower one that `limit_kernels` asked for.
 const Kernels& kernels();
 
-// The same for double.
+// Take rows of double.
 void dense_rows_double(const DenseRows& call, std::atomic<int64_t>& next);
 void sparse_rows_double(const SparseRows& call, std::atomic<int64_t>& next);
 

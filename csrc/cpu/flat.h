@@ -1,7 +1,8 @@
 // The soft term at T = infinity, where T^2 KL has become half the variance of z - v over the
 // classes (Hinton et al. 2015, section 2.1: matching logits).
 #pragma once
-#include "workspace.h"
+#include "load.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
@@ -9,22 +10,22 @@ template <class T>
 struct Differences {
   T sum = 0, count = 0, open = 0;
 };
-// difference[i] = z - v and present[i] = 1; both 0 where there is no class. `open`: how many
-// classes have a logit on one side only.
+// Sets difference[i] = z - v and kept[i] = 1; both are 0 where a class is not kept. `open`: how
+// many classes have a logit on one side only.
 template <class T>
 FASTKD_LOOP Differences<T> differences(const T* __restrict student, const T* __restrict teacher,
                                        int64_t n, T threshold, T* __restrict difference,
-                                       T* __restrict present) {
+                                       T* __restrict kept) {
   T sums[kLanes<T>] = {}, counts[kLanes<T>] = {}, opens[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
     const T z = student[i], v = teacher[i];
     const bool no_z = z == -kInf<T>, no_v = v == -kInf<T>;
     const bool there = !(v < threshold) && !(no_z && no_v);
     const bool finite = z < kInf<T> && v < kInf<T>;
-    present[i] = there ? T(1) : T(0);
+    kept[i] = there ? T(1) : T(0);
     difference[i] = !there ? T(0) : !finite ? kNaN<T> : no_z || no_v ? T(0) : z - v;
     sums[lane] += difference[i];
-    counts[lane] += present[i];
+    counts[lane] += kept[i];
     opens[lane] += there && (no_z || no_v) ? T(1) : T(0);
   });
   return {sum_of(sums), sum_of(counts), sum_of(opens)};
@@ -34,13 +35,13 @@ template <class T>
 struct Moments {
   T first = 0, second = 0;
 };
-// difference -= mean where present; the sums of what is left and of its squares.
+// Subtracts the mean from `difference` where kept; the sums of what is left and of its squares.
 template <class T>
-FASTKD_LOOP Moments<T> centre(T* __restrict difference, const T* __restrict present, int64_t n,
+FASTKD_LOOP Moments<T> centre(T* __restrict difference, const T* __restrict kept, int64_t n,
                               T mean) {
   T firsts[kLanes<T>] = {}, seconds[kLanes<T>] = {};
   each_column<kLanes<T>>(n, [&](int64_t i, int lane) __attribute__((always_inline)) {
-    const T d = difference[i] - present[i] * mean;
+    const T d = difference[i] - kept[i] * mean;
     difference[i] = d;
     firsts[lane] += d;
     seconds[lane] += d * d;
@@ -49,9 +50,9 @@ FASTKD_LOOP Moments<T> centre(T* __restrict difference, const T* __restrict pres
 }
 
 template <class T>
-class LogitMatch {
+class Flat {
  public:
-  explicit LogitMatch(Workspace<T>& work) : work_(work) {}
+  explicit Flat(Workspace<T>& work) : work_(work) {}
 
   // Classes whose teacher logit is below `threshold` do not exist.
   void read(const T* student, const T* teacher, int64_t begin, int64_t n, T threshold) {
@@ -70,22 +71,22 @@ class LogitMatch {
     for (int64_t begin = 0; begin < columns; begin += kChunk) {
       const Moments<T> chunk =
           centre(work_.a() + begin, work_.b() + begin, std::min(kChunk, columns - begin), mean);
-      rest_ += chunk.first;
+      mean_error_ += chunk.first;
       second += chunk.second;
     }
-    rest_ /= count_;
-    const double variance = second / count_ - rest_ * rest_;
+    mean_error_ /= count_;
+    const double variance = second / count_ - mean_error_ * mean_error_;
     return std::isnan(variance) ? kNaN<double> : std::fmax(variance, 0.0) / 2;
   }
 
   // The gradient of a column is (a work.a() + b work.b()): (d - mean) / count.
   double a() const { return 1 / count_; }
-  double b() const { return -rest_ / count_; }
+  double b() const { return -mean_error_ / count_; }
 
  private:
   Workspace<T>& work_;
   double sum_ = 0, count_ = 0;
-  double rest_ = 0;  // what `mean` is off by
+  double mean_error_ = 0;  // what `mean` is off by
   bool open_ = false;
 };
 

@@ -1,12 +1,16 @@
-// The kernels of one instruction set. A clone of them is a source file that includes kernel.h, sets
-// its target, names the namespace FASTKD_ISA after it and includes this; they build side by side.
+// The kernels of one instruction set. A clone of them is a source file that includes dispatch.h,
+// sets its target, names the namespace FASTKD_ISA after it and includes this.
 #pragma once
+#include "load.h"
+#include "math.h"
 #include "row.h"
 #include "sparse.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
-// Kept from call to call: fresh memory would fault in page by page, each time anew.
+// The working memory of this thread, kept from call to call: fresh memory would fault in page by
+// page, each time anew.
 template <class T>
 Workspace<T>& workspace(int64_t vocab_size) {
   static thread_local std::unique_ptr<Workspace<T>> kept;
@@ -30,7 +34,7 @@ void each_row(int64_t N, std::atomic<int64_t>& next, const Compute& compute) {
   }
 }
 
-// Of the rows that the terms are over.
+// The columns of a row that the terms are over.
 template <class Call>
 int64_t columns(const Call& call) {
   return call.hard_weight ? call.student.width : call.vocab_size;
@@ -40,7 +44,8 @@ template <class T>
 void dense_rows_of(const DenseRows& call, std::atomic<int64_t>& next) {
   const FlushToZero flush;
   Workspace<T>& work = workspace<T>(columns(call));
-  each_row(call.N, next, [&](int64_t row, int64_t after) { Row<T>(call, work, row, after).run(); });
+  each_row(call.N, next,
+           [&](int64_t row, int64_t after) { DenseRow<T>(call, work, row, after).run(); });
 }
 
 template <class T>
@@ -60,7 +65,7 @@ void scale_row(Stored* __restrict values, int64_t n, T scale) {
 }
 
 void scale_rows(const ScaleRows& call, std::atomic<int64_t>& next) {
-  dispatch(call.dstudent.dtype, [&](auto* stored) {
+  dispatch<double>(call.dstudent.dtype, [&](auto* stored) {
     using Stored = std::remove_pointer_t<decltype(stored)>;
     using T = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
     for (int64_t row; (row = next++) < call.N;) {
@@ -80,3 +85,13 @@ void sparse_rows(const SparseRows& call, std::atomic<int64_t>& next) {
 }
 
 }  // namespace fastkd::cpu::FASTKD_ISA
+
+// double is for accuracy, not for speed: only one clone has it, the baseline or the only one built.
+#if defined(FASTKD_DOUBLE)
+void fastkd::cpu::dense_rows_double(const DenseRows& call, std::atomic<int64_t>& next) {
+  FASTKD_ISA::dense_rows_of<double>(call, next);
+}
+void fastkd::cpu::sparse_rows_double(const SparseRows& call, std::atomic<int64_t>& next) {
+  FASTKD_ISA::sparse_rows_of<double>(call, next);
+}
+#endif

@@ -21,7 +21,7 @@ namespace {
 // would wait for them for ever.
 void check_not_forked() {
 #if defined(__unix__) || defined(__APPLE__)
-  static std::atomic<pid_t> owner{0};  // of the pool
+  static std::atomic<pid_t> owner{0};  // the process that has the pool's threads
   const pid_t self = getpid();
   pid_t before = 0;
   STD_TORCH_CHECK(owner.compare_exchange_strong(before, self) || before == self,
@@ -56,45 +56,63 @@ void advise_huge_pages(const Rows& rows, int64_t N) {
 #endif
 }
 
+// The kernels of a call. A build of one instruction set alone (setup.py) may be on a processor that
+// has not got it.
+const cpu::Kernels& kernels() {
+  STD_TORCH_CHECK(cpu::supported_kernels(0) != nullptr,
+                  "fastkd: built for an instruction set that this processor does not have");
+  return cpu::kernels();
+}
+
+// No kernel is compiled for a gradient wider than the arithmetic.
+template <class Call>
+void check_gradient(const Call& call) {
+  STD_TORCH_CHECK(call.is_double || call.dstudent.dtype != DType::kDouble,
+                  "fastkd: a double dstudent needs double logits");
+}
+
 void dense_rows_cpu(const DenseRows& call, const Tensor&) {
+  check_gradient(call);
   const bool is_own = call.dstudent.data != nullptr && call.dstudent.data != call.student.data;
   if (is_own && call.dstudent.is_contiguous()) advise_huge_pages(call.dstudent, call.N);
-  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::dense_rows_double : cpu::kernels().dense_rows)(call, next);
-  });
+  const auto compute = call.is_double ? cpu::dense_rows_double : kernels().dense_rows;
+  parallel_rows(call.N, call.student.width,
+                [&](std::atomic<int64_t>& next) { compute(call, next); });
 }
 
 void sparse_rows_cpu(const SparseRows& call, const Tensor&) {
+  check_gradient(call);
   if (call.dstudent.data != nullptr && call.dstudent.data != call.student.data &&
       call.dstudent.is_contiguous()) {
     advise_huge_pages(call.dstudent, call.N);
   }
-  parallel_rows(call.N, call.student.width, [&](std::atomic<int64_t>& next) {
-    (call.is_double ? cpu::sparse_rows_double : cpu::kernels().sparse_rows)(call, next);
-  });
+  const auto compute = call.is_double ? cpu::sparse_rows_double : kernels().sparse_rows;
+  parallel_rows(call.N, call.student.width,
+                [&](std::atomic<int64_t>& next) { compute(call, next); });
 }
 
 void scale_rows_cpu(const ScaleRows& call, const Tensor&) {
   if (!call.per_row && call.scale_of(0) == 1) return;
+  const auto scale = kernels().scale_rows;
   parallel_rows(call.N, call.dstudent.width,
-                [&](std::atomic<int64_t>& next) { cpu::kernels().scale_rows(call, next); });
+                [&](std::atomic<int64_t>& next) { scale(call, next); });
 }
 
 template <class T>
-void sparse_teacher_of(const Tensor& ids, const Tensor& log_probs, const Tensor& ordered,
-                       const Tensor& ordered_log_probs, const Tensor& log_rest, int64_t vocab_size,
-                       bool bucket) {
-  const cpu::SparseTeacher<T> call{static_cast<const int64_t*>(ids.data_ptr()),
-                                   static_cast<const T*>(log_probs.data_ptr()),
-                                   static_cast<int64_t*>(ordered.data_ptr()),
-                                   static_cast<T*>(ordered_log_probs.data_ptr()),
-                                   bucket ? static_cast<T*>(log_rest.data_ptr()) : nullptr,
-                                   ids.size(0),
-                                   ids.size(1),
-                                   vocab_size};
+void order_named_of(const Tensor& ids, const Tensor& log_probs, const Tensor& ordered,
+                    const Tensor& ordered_log_probs, const Tensor& log_rest, int64_t vocab_size,
+                    bool bucket) {
+  const cpu::OrderNamed<T> call{static_cast<const int64_t*>(ids.data_ptr()),
+                                static_cast<const T*>(log_probs.data_ptr()),
+                                static_cast<int64_t*>(ordered.data_ptr()),
+                                static_cast<T*>(ordered_log_probs.data_ptr()),
+                                bucket ? static_cast<T*>(log_rest.data_ptr()) : nullptr,
+                                ids.size(0),
+                                ids.size(1),
+                                vocab_size};
   constexpr int64_t kPairsPerClass = 32;  // some 20 ns
   parallel_rows(call.N, call.k * kPairsPerClass,
-                [&](std::atomic<int64_t>& next) { cpu::order_rows(call, next); });
+                [&](std::atomic<int64_t>& next) { cpu::order_named(call, next); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> order_named_cpu(const Tensor& ids, const Tensor& log_probs,
@@ -108,9 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> order_named_cpu(const Tensor& ids, const Tens
   Tensor ordered = torch::stable::empty_like(ids);
   Tensor ordered_log_probs = torch::stable::empty_like(log_probs);
   Tensor log_rest = new_vector(log_probs, bucket ? ids.size(0) : 0);
-  (compute == DType::kDouble ? sparse_teacher_of<double>
-                             : sparse_teacher_of<float>)(ids, log_probs, ordered, ordered_log_probs,
-                                                         log_rest, vocab_size, bucket);
+  (compute == DType::kDouble ? order_named_of<double>
+                             : order_named_of<float>)(ids, log_probs, ordered, ordered_log_probs,
+                                                      log_rest, vocab_size, bucket);
   return {ordered, ordered_log_probs, log_rest};
 }
 

@@ -11,7 +11,7 @@ namespace fastkd::cpu {
 
 // One call of fastkd::order_named.
 template <class T>
-struct SparseTeacher {
+struct OrderNamed {
   const int64_t* ids;  // [N, k], in any order; -1: none
   const T* log_probs;  // [N, k]; -inf: none, whatever the id
   int64_t* ordered;    // [N, k]
@@ -62,15 +62,15 @@ inline double log_sum(const std::vector<NamedClass>& named) {
 }
 
 template <class T>
-void order_row(const SparseTeacher<T>& call, int64_t row, std::vector<NamedClass>& named,
+void order_row(const OrderNamed<T>& call, int64_t row, std::vector<NamedClass>& named,
                std::vector<NamedClass>& spare) {
   const int64_t begin = row * call.k;
-  bool spoiled = false;
+  bool lost = false;
   named.clear();
   for (int64_t i = begin; i < begin + call.k; ++i) {
     const int64_t id = call.ids[i];
     if (id >= 0 && id < call.vocab_size) named.push_back({id, double{call.log_probs[i]}});
-    spoiled |= id < -1 || id >= call.vocab_size;
+    lost |= id < -1 || id >= call.vocab_size;
   }
   const auto before = [](const NamedClass& x, const NamedClass& y) { return x.id < y.id; };
   if (named.size() <= 16) {
@@ -97,19 +97,19 @@ void order_row(const SparseTeacher<T>& call, int64_t row, std::vector<NamedClass
     const double total = log_sum(named);
     if (total > 0) excess = total;
     const double rest = std::log(-std::expm1(total > 0 ? 0 : total));
-    call.log_rest[row] = spoiled ? kNaN : everything ? -kInf : static_cast<T>(rest);
+    call.log_rest[row] = lost ? kNaN : everything ? -kInf : static_cast<T>(rest);
   }
   for (int64_t i = 0; i < call.k; ++i) {
     const bool there = i < static_cast<int64_t>(count);
     const double log_prob = there ? named[static_cast<size_t>(i)].log_prob - excess : -kInf;
     call.ordered[begin + i] = there ? named[static_cast<size_t>(i)].id : call.vocab_size;
-    call.ordered_log_probs[begin + i] = spoiled ? kNaN : static_cast<T>(log_prob);
+    call.ordered_log_probs[begin + i] = lost ? kNaN : static_cast<T>(log_prob);
   }
 }
 
 // Takes rows from `next` on.
 template <class T>
-void order_rows(const SparseTeacher<T>& call, std::atomic<int64_t>& next) {
+void order_named(const OrderNamed<T>& call, std::atomic<int64_t>& next) {
   std::vector<NamedClass> named, spare;
   for (int64_t row; (row = next++) < call.N;) order_row(call, row, named, spare);
 }

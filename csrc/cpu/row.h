@@ -1,27 +1,104 @@
-// One row of the loss: each logit is read from memory once, its exponentials stay in buffers that
-// fit the cache, and the gradient is combined from them.
+// One row of the loss: what rows of either teacher have in common, and the row of a teacher of all
+// classes. Each logit is read from memory once, its exponentials stay in buffers that fit the
+// cache, and the gradient is combined from them.
 #pragma once
-#include "row_sum.h"
+#include "fast.h"
+#include "load.h"
+#include "math.h"
 #include "soft.h"
+#include "sums.h"
 #include "tail.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
 template <class T>
+struct Terms {
+  T soft = 0, hard = 0, target = 0;
+};
+
+// What a row does whatever its teacher is: a row that no term counts, a label that is no class, the
+// hard term's sums, and storing the terms and the gradient. Call: DenseRows or SparseRows.
+template <class T, class Call>
 class Row {
- public:
-  // `after`: the row that this thread is likely to compute next.
-  Row(const DenseRows& call, Workspace<T>& work, int64_t row, int64_t after)
+ protected:
+  Row(const Call& call, Workspace<T>& work, int64_t row)
       : call_(call),
         work_(work),
         row_(row),
         vocab_(call.vocab_size),
         soft_weight_(vector(call.soft_weight)),
         hard_weight_(vector(call.hard_weight)),
+        hard_(T(1), saves_hard() ? work.h() : nullptr, work.hard_offsets()),
+        tail_(call.student, work, row, vocab_, saves_hard()) {}
+
+  T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
+  int64_t label() const { return call_.labels[row_]; }
+  bool wants_gradient() const { return call_.dstudent.data != nullptr; }
+  T student_at(int64_t column) const {
+    T value;
+    return *load_columns<T>(call_.student, row_, column, 1, &value);
+  }
+
+  // The terms and the gradient; compute() gives both where the weights and the label leave
+  // something to compute. A label has to be one of the first `label_classes`.
+  template <class Compute>
+  Terms<T> run(bool skipped, int64_t label_classes, const Compute& compute) {
+    Terms<T> terms;
+    if (skipped) {
+      fill(T(0));
+    } else if (call_.labels && !(label() >= 0 && label() < label_classes)) {
+      terms.soft = call_.soft_weight ? kNaN<T> : T(0);
+      terms.hard = call_.hard_weight ? kNaN<T> : T(0);
+      terms.target = kNaN<T>;
+      lost_hard_ = true;
+      fill(kNaN<T>);
+    } else {
+      terms = compute();
+    }
+    static_cast<T*>(call_.soft)[row_] = terms.soft;
+    static_cast<T*>(call_.hard)[row_] = terms.hard;
+    return terms;
+  }
+
+  // Calls fn with the stored gradient of the row, and stores that of the tail.
+  template <class Fn>
+  void with_gradient(const Fn& fn) {
+    dispatch<T>(call_.dstudent.dtype, [&](auto* stored) {
+      using Out = std::remove_pointer_t<decltype(stored)>;
+      Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
+      fn(out);
+      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
+    });
+  }
+
+  // The same gradient in every class before vocab_size.
+  void fill(T value) {
+    if (!wants_gradient()) return;
+    with_gradient([&](auto* out) {
+      std::fill(out, out + vocab_, store<std::remove_pointer_t<decltype(out)>>(value));
+    });
+  }
+
+  const Call& call_;
+  Workspace<T>& work_;
+  const int64_t row_, vocab_;
+  const T soft_weight_, hard_weight_;
+  OneSided<T> hard_;
+  Tail<T> tail_;
+  bool lost_hard_ = false;  // the hard term is NaN
+
+ private:
+  bool saves_hard() const { return wants_gradient() && hard_weight_ != 0; }
+};
+
+template <class T>
+class DenseRow : Row<T, DenseRows> {
+ public:
+  // `after`: the row that this thread is likely to compute next.
+  DenseRow(const DenseRows& call, Workspace<T>& work, int64_t row, int64_t after)
+      : Base(call, work, row),
         target_weight_(vector(call.target_weight)),
-        soft_(call, work, row, after, soft_weight_, target_weight_),
-        hard_(T(1), wants_gradient() && hard_weight_ != 0 ? work.h() : nullptr, work.hard_frames()),
-        tail_(call.student, work, row, vocab_, wants_gradient() && hard_weight_ != 0) {
+        soft_(call, work, row, after, soft_weight_, target_weight_) {
     // The hard term's exponentials are the student's own at T = 1 over all classes.
     share_ = call.hard_weight && call.soft_weight && soft_weight_ != 0 &&
              call.kept(row) == vocab_ && !call.target_weight &&
@@ -29,38 +106,27 @@ class Row {
   }
 
   void run() {
-    T soft = 0, hard = 0, target = 0;
-    if (soft_weight_ == 0 && hard_weight_ == 0 && target_weight_ == 0) {
-      fill(T(0));
-    } else if (call_.labels && !(label() >= 0 && label() < label_classes())) {
-      soft = call_.soft_weight ? kNaN<T> : T(0);
-      hard = call_.hard_weight ? kNaN<T> : T(0);
-      target = kNaN<T>;
-      lost_hard_ = true;
-      fill(kNaN<T>);
-    } else {
-      compute(soft, hard, target);
-    }
-    static_cast<T*>(call_.soft)[row_] = soft;
-    static_cast<T*>(call_.hard)[row_] = hard;
-    if (call_.target) static_cast<T*>(call_.target)[row_] = target;
+    const bool skipped = soft_weight_ == 0 && hard_weight_ == 0 && target_weight_ == 0;
+    // The decoupled terms set apart a class that the teacher has as well.
+    const int64_t label_classes = call_.target_weight ? vocab_ : call_.student.width;
+    const Terms<T> terms = Base::run(skipped, label_classes, [&] { return compute(); });
+    if (call_.target) static_cast<T*>(call_.target)[row_] = terms.target;
   }
 
  private:
-  T vector(const void* values) const { return values ? static_cast<const T*>(values)[row_] : T(0); }
-  int64_t label() const { return call_.labels[row_]; }
-  // The decoupled terms set apart a class that the teacher has as well.
-  int64_t label_classes() const { return call_.target_weight ? vocab_ : call_.student.width; }
+  using Base = Row<T, DenseRows>;
+  using Base::call_, Base::work_, Base::row_, Base::vocab_, Base::soft_weight_, Base::hard_weight_,
+      Base::hard_, Base::tail_, Base::lost_hard_;
+  using Base::vector, Base::label, Base::wants_gradient, Base::student_at, Base::with_gradient,
+      Base::fill;
+
   // Whether a class that the teacher has as well gets a gradient as the label.
   bool has_label() const { return (hard_weight_ != 0 || call_.target_weight) && label() < vocab_; }
-  bool wants_gradient() const { return call_.dstudent.data != nullptr; }
   bool own_hard() const { return hard_weight_ != 0 && !share_; }
 
-  void compute(T& soft, T& hard, T& target) {
-    T label_logit = 0;
-    if (call_.hard_weight) {
-      label_logit = *load_columns<T>(call_.student, row_, label(), 1, work_.scratch(0));
-    }
+  Terms<T> compute() {
+    T soft = 0, hard = 0, target = 0;
+    const T label_logit = call_.hard_weight ? student_at(label()) : T(0);
     if (call_.soft_weight) soft_.prune();
     const bool read_hard = call_.hard_weight && !share_;
     const bool read_soft = call_.soft_weight && !soft_.classes();
@@ -74,37 +140,28 @@ class Row {
     if (call_.target_weight) target = std::isnan(soft) ? soft : soft_.target();
     if (call_.hard_weight) {
       double sum = share_ ? soft_.student_sum() : hard_.sum();
-      T frame = share_ ? soft_.student_frame() : hard_.frame();
-      tail_.join(sum, frame);
-      hard = static_cast<T>(std::log(sum) + (double{frame} - double{label_logit}));
+      T offset = share_ ? soft_.student_offset() : hard_.offset();
+      tail_.join(sum, offset);
+      hard = static_cast<T>(std::log(sum) + (double{offset} - double{label_logit}));
       if (!(sum > 0)) hard = kNaN<T>;
       lost_hard_ = std::isnan(hard);
     }
-    if (!wants_gradient()) return;
-    const bool lost_if_infinite = call_.divergence == Mode::kReverse || soft_.matches_logits();
-    const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
-    if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && lost_hard_)) {
+    if (!wants_gradient()) return {soft, hard, target};
+    const bool lost_if_infinite = call_.divergence == Divergence::kReverse || soft_.is_flat();
+    const bool lost_soft = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
+    if ((soft_.has_gradient() && lost_soft) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);
     } else {
       write_gradient();
     }
+    return {soft, hard, target};
   }
 
-  // Of the hard term's own exponentials of a chunk; where all of them are 0, of no scale.
+  // The factor that turns the hard term's own exponentials of a chunk into its gradient; they have
+  // no scale where all of them are 0.
   T hard_factor(int64_t index) const {
     return tail_.others() == 0 ? T(0)
                                : static_cast<T>(hard_weight_ * tail_.others() * hard_.scale(index));
-  }
-
-  // The calls of fn get a null pointer of the stored type, and the row as such.
-  template <class Fn>
-  void with_gradient(const Fn& fn) {
-    dispatch(call_.dstudent.dtype, [&](auto* stored) {
-      using Out = std::remove_pointer_t<decltype(stored)>;
-      Out* out = static_cast<Out*>(call_.dstudent.data) + call_.dstudent.offset(row_);
-      fn(out);
-      tail_.write(out, hard_weight_, call_.labels ? label() : -1, lost_hard_);
-    });
   }
 
   void write_gradient() {
@@ -122,7 +179,7 @@ class Row {
     });
   }
 
-  // Every column; kSoft: the soft term's buffers hold them all.
+  // Writes every column; kSoft: the soft term's buffers hold them all.
   template <bool kSoft, class Out>
   void write_columns(Out* out) {
     if (!kSoft && !own_hard()) {
@@ -163,7 +220,7 @@ class Row {
     at_label_ += hard_at_label_;
   }
 
-  // The few classes of the soft term, anew with both terms.
+  // Writes the few classes of the soft term once more, with both terms.
   template <class Out>
   void write_classes(Out* out) {
     const int32_t* classes = soft_.classes();
@@ -181,24 +238,10 @@ class Row {
     }
   }
 
-  // The same value in every class that takes part.
-  void fill(T value) {
-    if (!wants_gradient()) return;
-    with_gradient([&](auto* out) {
-      std::fill(out, out + vocab_, store<std::remove_pointer_t<decltype(out)>>(value));
-    });
-  }
-
-  const DenseRows& call_;
-  Workspace<T>& work_;
-  const int64_t row_, vocab_;
-  const T soft_weight_, hard_weight_, target_weight_;
+  const T target_weight_;
   SoftTerm<T> soft_;
-  RowSum<T> hard_;
-  Tail<T> tail_;
   T at_label_ = 0, hard_at_label_ = 0;  // the gradient there
   bool share_ = false;                  // the hard term uses the soft term's exponentials
-  bool lost_hard_ = false;              // it is NaN
 };
 
 }  // namespace fastkd::cpu::FASTKD_ISA

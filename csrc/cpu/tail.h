@@ -1,24 +1,26 @@
 // The classes from vocab_size on, which the student has alone: the hard term's softmax is over them
 // as well, and of all terms only its gradient reaches them.
 #pragma once
-#include "row_sum.h"
+#include "fast.h"
+#include "load.h"
+#include "sums.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 
 template <class T>
 class Tail {
  public:
-  // `kept`: their exponentials are, behind those of the hard term over the other classes.
-  Tail(const Rows& student, Workspace<T>& work, int64_t row, int64_t vocab, bool kept)
+  // `saved`: their exponentials are, behind those of the hard term over the other classes.
+  Tail(const Rows& student, Workspace<T>& work, int64_t row, int64_t vocab, bool saved)
       : student_(student),
         work_(work),
         row_(row),
         vocab_(vocab),
-        sum_(T(1), kept ? work.h() + vocab : nullptr,
-             work.hard_frames() + (vocab + kChunk - 1) / kChunk) {}
+        sum_(T(1), saved ? work.h() + vocab : nullptr,
+             work.hard_offsets() + (vocab + kChunk - 1) / kChunk) {}
 
-  // Reads them and makes a sum over the other classes, relative to `frame`, one over all.
-  void join(double& sum, T& frame) {
+  // Reads them and makes a sum over the other classes, relative to `offset`, one over all.
+  void join(double& sum, T& offset) {
     const int64_t n = student_.width - vocab_;
     if (n == 0) return;
     for (int64_t begin = 0; begin < n; begin += kChunk) {
@@ -26,27 +28,28 @@ class Tail {
       sum_.read(load_columns<T>(student_, row_, vocab_ + begin, count, work_.scratch(0)), begin,
                 count);
     }
-    // Without a finite logit a sum is 0 and its frame -inf.
-    const T top = std::max(frame, sum_.frame());
-    const auto moved = [&](double sum, T frame) {
-      return sum == 0 || frame == top ? sum : sum * std::exp(double{frame} - double{top});
+    // Without a finite logit a sum is 0 and its offset -inf.
+    const T top = std::max(offset, sum_.offset());
+    const auto moved = [&](double sum, T offset) {
+      return sum == 0 || offset == top ? sum : sum * std::exp(double{offset} - double{top});
     };
-    const double others = moved(sum, frame), own = moved(sum_.sum(), sum_.frame());
+    const double others = moved(sum, offset), own = moved(sum_.sum(), sum_.offset());
     sum = others + own;
-    frame = top;
+    offset = top;
     others_ = others / sum;
     own_ = own / sum;
   }
 
-  // What turns a softmax over the other classes into one over all; 1 where there are no more.
+  // The factor that turns a softmax over the other classes into one over all; 1 without a tail.
   double others() const { return others_; }
 
-  // 1 less the probability of one of the other classes, from the same among them alone.
+  // 1 less the probability of one of the other classes, from 1 less its probability among them
+  // alone.
   double besides(double among_others) const {
     return others_ == 0 ? 1 : others_ * among_others + own_;
   }
 
-  // The gradient. `lost`: it is NaN.
+  // Stores the tail's gradient. `lost`: it is NaN.
   template <class Out>
   void write(Out* out, T weight, int64_t label, bool lost) {
     const int64_t n = student_.width - vocab_;
@@ -71,7 +74,7 @@ class Tail {
   const Rows& student_;
   Workspace<T>& work_;
   const int64_t row_, vocab_;
-  RowSum<T> sum_;
+  OneSided<T> sum_;
   double others_ = 1, own_ = 0;  // shares of the sum over all
 };
 
