@@ -100,12 +100,16 @@ class Part:
         return self.count(rf"{access}\b.*\.128\b")
 
 
-def constant(name: str, kernel: str = "dense_rows") -> int:
-    """As the source of the kernel has it, or any header."""
-    for path in (KERNELS / f"{kernel}.cu", *sorted(KERNELS.glob("*.h"))):
-        if found := re.findall(rf"constexpr int {name} = (\d+);", path.read_text()):
-            return int(found[0])
-    raise LookupError(f"no constant {name}")
+def sources() -> str:
+    """The text of all that the kernels are made of."""
+    paths = sorted(path for path in KERNELS.iterdir() if path.suffix in (".cu", ".h"))
+    return "\n".join(path.read_text() for path in paths)
+
+
+def constant(name: str) -> int:
+    """As the sources have it, with one value wherever they do."""
+    (value,) = set(re.findall(rf"constexpr int {name} = (\d+);", sources()))
+    return int(value)
 
 
 def vectors(variant: str, target: str) -> int:
@@ -119,10 +123,9 @@ def vectors(variant: str, target: str) -> int:
 
 def registers_allowed(kernel: str) -> int:
     """By the threads that a multiprocessor has to hold of it: its __launch_bounds__."""
-    kernel = kernel.replace("topk", "kd")  # of the same source, with the same threads
-    text = (KERNELS / f"{kernel}.cu").read_text()
-    threads, _, blocks = re.findall(r"__launch_bounds__\((\w+)(, (\d+))?\)", text)[0]
-    return min(255, REGISTERS_PER_SM // (constant(threads, kernel) * int(blocks or 1)))
+    pattern = rf"__launch_bounds__\((\w+)(?:, (\d+))?\)\s+{kernel}_kernel\("
+    ((threads, blocks),) = re.findall(pattern, sources())
+    return min(255, REGISTERS_PER_SM // (constant(threads) * int(blocks or 1)))
 
 
 EXPONENTIAL = r"MUFU\.EX2"
