@@ -21,8 +21,6 @@ from cubins import KERNELS, ROOT
 
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/plan.h leaves out; see there
-PERSISTENT_TARGET = "sm_90"  # where that is to be measured first; a minute of compiling for each
 REGISTERS_PER_SM = 65536
 SMALL_VOCABULARY = 32768  # the smallest that the budgets are for
 
@@ -117,8 +115,7 @@ def vectors(variant: str, target: str) -> int:
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
-    held = constant("kLaterClusterVectors" if later else "kClusterVectors")
-    return held - (constant("kLoopVectors") if "persistent" in variant else 0)
+    return constant("kLaterClusterVectors" if later else "kClusterVectors")
 
 
 def registers_allowed(kernel: str) -> int:
@@ -216,17 +213,13 @@ def empty(code: list[Instruction]) -> bool:
     return bool(code) and not any(i.opcode.startswith(("LDG", "STG")) for i in code)
 
 
-def figures(cubin: cubins.Cubin, target: str, persistent: bool = False) -> dict[str, Figures]:
+def figures(cubin: cubins.Cubin, target: str) -> dict[str, Figures]:
     """Per variant."""
     code = instructions(cubin.code)
     found = {}
     for mangled, resource in resources(cubin.resources).items():
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
-        if persistent:
-            if not name.startswith("dense_rows Cluster"):
-                continue  # as without it, or never in use
-            name += " persistent"
         kernel = code[mangled]
         if empty(kernel):
             continue
@@ -270,8 +263,7 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
         if of.get(what, least) < least:
             yield f"{name}: {what} is {of[what]}, not {least} or more"
     at_most = {
-        # Those of the row as such weigh more where a loop over rows leaves one vector a thread.
-        "exponentials_per_pair": 2.5 if "persistent" in name else 2.3,
+        "exponentials_per_pair": 2.3,
         "exponentials_per_column_of_the_sums": 1,
         "exponentials_per_column_of_the_gradient": 2,
         # Less than 15 % of the 37 that a pair's sums have, to which its gradient is to be added.
@@ -294,16 +286,11 @@ def measure() -> dict[str, Any]:
         of_module = built[source.stem, target] if module else None
         return figures(of_module or cubins.compile_for(source, target), target)
 
-    def of_persistent() -> dict[str, Figures]:
-        cubin = cubins.compile_for(KERNELS / "kernels.cu", PERSISTENT_TARGET, PERSISTENT)
-        return figures(cubin, PERSISTENT_TARGET, persistent=True)
-
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        persistent = pool.submit(of_persistent)  # first: what a module has is read meanwhile
         built = cubins.built(Path(module)) if module else {}
         jobs = [(t, pool.submit(of, source, t)) for t in TARGETS for source in sources]
-        for target, job in (*jobs, (PERSISTENT_TARGET, persistent)):
+        for target, job in jobs:
             table[target] |= job.result()
     return {
         "nvcc": cubins.release(cubins.nvcc()),

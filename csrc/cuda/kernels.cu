@@ -44,26 +44,24 @@ template <class Exchange>
 constexpr bool kExists = std::is_same_v<Exchange, Tickets>;
 #endif
 
-// compute(row, exchange) for each row of this CTA of which there is something to compute.
+// compute(row, exchange) of this CTA's row, if there is something to compute.
 template <class Exchange, class Compute>
-__device__ __forceinline__ void each_row(const DenseRows& call, const Plan& plan,
-                                         unsigned* workspace, Shared<Exchange>& shared,
-                                         const Compute& compute) {
+__device__ __forceinline__ void run_row(const DenseRows& call, const Plan& plan,
+                                        unsigned* workspace, Shared<Exchange>& shared,
+                                        const Compute& compute) {
   Exchange exchange(shared.exchange, call, plan, workspace);
   exchange.start();
   Row<Exchange> row(call, exchange, shared.row);
   row.start();
-  do {
-    if (row.is_skipped()) {
-      exchange.ready();
-      row.write_row(0, 0);
-    } else if (row.label() < 0) {
-      exchange.ready();
-      row.write_row(kNaN, kNaN);
-    } else {
-      compute(row, exchange);
-    }
-  } while (row.next());
+  if (row.is_skipped()) {
+    exchange.ready();
+    row.write_row(0, 0);
+  } else if (row.label() < 0) {
+    exchange.ready();
+    row.write_row(kNaN, kNaN);
+  } else {
+    compute(row, exchange);
+  }
   exchange.end();
 }
 
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                       unsigned* workspace) {
   if constexpr (kExists<Exchange>) {
     auto& shared = shared_memory<Shared<Exchange>>();
-    each_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
+    run_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
       bool done = false;
       if (row.longest() <= warps() * Exchange::kVectors && !row.matches_logits()) {
         done = Registers<Exchange, kMode>(row).run();
@@ -100,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                        const __grid_constant__ Plan plan, unsigned* workspace) {
   if constexpr (kExists<Exchange>) {
     auto& shared = shared_memory<Shared<Exchange>>();
-    each_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
+    run_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
       if (row.longest() <= warps() * Exchange::kVectors) {
         SparseRow<Exchange, true>(row, teacher).run();
       } else {
@@ -131,10 +129,10 @@ const char* text(cudaError_t error) {
 template <class Exchange>
 cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* cluster) {
   cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>((plan.clusters > 0 ? plan.clusters : N) * plan.parts));
+  config.gridDim = dim3(static_cast<unsigned>(N * plan.parts));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = sizeof(Shared<Exchange>) + 2 * static_cast<size_t>(plan.stage);
+  config.dynamicSmemBytes = sizeof(Shared<Exchange>);
+  static_assert(sizeof(Shared<Exchange>) <= 48 << 10);  // what needs no leave of the driver
   if (plan.cluster) {
     cluster->id = cudaLaunchAttributeClusterDimension;
     cluster->val.clusterDim.x = static_cast<unsigned>(plan.parts);
@@ -147,13 +145,10 @@ cudaLaunchConfig_t shape(const Plan& plan, int64_t N, cudaLaunchAttribute* clust
 
 Device ask(int device) {
   Device answer;
-  int major = 0, processors = 0, places = 0, shared = 0;
+  int major = 0, processors = 0, places = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   answer.vectors = cluster_vectors(major);
   DenseRows call;
@@ -166,16 +161,12 @@ Device ask(int device) {
     answer.places = std::min(answer.places, places * processors);
     if (major < 9 || error != cudaSuccess) return;
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(clusters, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    }
   };
   prepare(sparse_rows_kernel<Tickets>, sparse_rows_kernel<Cluster>);
   for (const Mode divergence : {Mode::kForward, Mode::kMixture, Mode::kReverse}) {
     call.divergence = divergence;
     prepare(kernel_of<Tickets>(call), kernel_of<Cluster>(call));
   }
-  answer.stage_bytes = shared - static_cast<int>(sizeof(Shared<Cluster>));
   for (const int threads : {kThreads, kMaxThreads}) {
     for (int parts = 1; major >= 9 && error == cudaSuccess && parts <= kMaxCluster; ++parts) {
       Plan plan;
@@ -265,17 +256,9 @@ const char* run(const DenseRows& call, const SparseTeacher* sparse, void* worksp
 void set_limits(const Limits& wanted) { limits = wanted; }
 
 Plan plan(const DenseRows& call) {
-  const bool sparse = call.teacher.data == nullptr;
   int64_t bytes = 2 * call.student.element_bytes();
-  Limits within = limits;
-  if (sparse) {
-    within.persistent = 0;  // they fetch both rows
-  } else {
-    bytes += call.teacher.element_bytes();
-  }
-  Plan plan = choose(call.N, call.vocab_size, static_cast<int>(bytes), ask_once(), within);
-  plan.stage_begin = sizeof(Shared<Cluster>);
-  return plan;
+  if (call.teacher.data != nullptr) bytes += call.teacher.element_bytes();  // else it is sparse
+  return choose(call.N, call.vocab_size, static_cast<int>(bytes), ask_once(), limits);
 }
 
 size_t workspace_bytes(const DenseRows& call) {

@@ -88,15 +88,6 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   return a;
 }
 
-// The row after this one, of a CTA that works on several.
-struct Ahead {
-  RowArguments arguments;  // of `row`
-  int row;
-  int staged;        // the row whose slices are in the stage or on their way; -1: none
-  unsigned fetches;  // so far
-  uint64_t barrier;  // a phase for each of them
-};
-
 // Of a row with a sparse teacher; see sparse.h.
 struct TopkShared {
   float teacher_frame, student_frame;  // in which both sides' sums are about 1
@@ -110,7 +101,6 @@ struct TopkShared {
 
 struct RowShared {
   RowArguments arguments;
-  Ahead ahead;  // persistent clusters
   Sums warps[kMaxWarps];
   Sums total;
   Divergence divergence;
@@ -152,82 +142,13 @@ class Row {
   __device__ View teacher() const { return View::again(a.teacher); }
   __device__ View dstudent() const { return View::again(a.dstudent); }
 
-  // The first row's arguments; by the whole CTA.
+  // Finds the row's arguments; by the whole CTA.
   __device__ void start() {
     if (threadIdx.x == 0) {
       shared.target_at_label = 0;
       shared.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
-      if constexpr (Exchange::kSeveralRows) {
-        shared.ahead.row = shared.ahead.staged = -1;
-        shared.ahead.fetches = 0;
-        exchange.make_barrier(&shared.ahead.barrier);
-      }
     }
     __syncthreads();
-  }
-  // Whether there is a next one; then this is it.
-  __device__ bool next() {
-    if constexpr (Exchange::kSeveralRows) {
-      const int row = exchange.next_row();
-      if (row < 0) return false;
-      __syncthreads();  // all are done with this one
-      if (threadIdx.x == 0) {
-        look_ahead(row);
-        shared.arguments = shared.ahead.arguments;
-        exchange.begin(row);
-      }
-      __syncthreads();
-      return true;
-    }
-    return false;
-  }
-  // By one thread.
-  __device__ void look_ahead(int row) {
-    if (shared.ahead.row == row) return;
-    shared.ahead.row = row;
-    shared.ahead.arguments = row_arguments(call, row, exchange.rank(), exchange.size());
-  }
-  // Whether this row's slices are in the stage, after a wait for them.
-  __device__ bool is_staged() const {
-    if (fresh(shared.ahead.staged) != exchange.row()) return false;
-    exchange.wait(&shared.ahead.barrier, (fresh(shared.ahead.fetches) - 1) & 1);
-    return true;
-  }
-  // A row of which the stage has this slice, where one in global memory would have it.
-  __device__ View staged(View view, int which) const {
-    view.data = exchange.stage(which) + view.misaligned_bytes() -
-                (address_of(view, begin() * kStep) - view.data);
-    return view;
-  }
-  // Sends for the slices of the row looked ahead to: the aligned blocks inside it, and around the
-  // slice those that others have a part of. By one thread, when nobody reads the stage any more.
-  __device__ void fetch() {
-    Ahead& ahead = shared.ahead;
-    const RowArguments& next = ahead.arguments;
-    if (next.is_skipped() || next.label < 0 || next.matches_logits || next.has_tail) return;
-    const auto each = [&](const auto& fn) {
-      for (int which = 0; which < 2; ++which) {
-        const View& view = which == 0 ? next.student : next.teacher;
-        const unsigned off = view.misaligned_bytes();
-        const char* slice = address_of(view, next.begin * kStep) - off;
-        const char* from = slice + (next.begin == 0 && off != 0 ? 16 : 0);
-        const char* end = address_of(view, next.end * kStep) - off + (off != 0 ? 16 : 0);
-        const char* row_end = address_of(view, view.columns);
-        row_end -= reinterpret_cast<uintptr_t>(row_end) % 16;
-        if (row_end < end) end = row_end;
-        if (from < end) {
-          fn(exchange.stage(which) + (from - slice), from, static_cast<unsigned>(end - from));
-        }
-      }
-    };
-    unsigned bytes = 0;
-    each([&](char*, const char*, unsigned size) { bytes += size; });
-    exchange.expect(&ahead.barrier, bytes);
-    each([&](char* to, const char* from, unsigned size) {
-      exchange.copy(to, from, size, &ahead.barrier);
-    });
-    ahead.staged = ahead.row;
-    ++ahead.fetches;
   }
 
   __device__ bool is_skipped() const { return a.is_skipped(); }

@@ -30,7 +30,6 @@ EMULATION = tuple(HERE / f"{name}.cpp" for name in ("cuda_emulation", "scheduler
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-DFASTKD_PERSISTENT=1",
     # Contraction to fma as nvcc has it, and what fma takes on this processor.
     *("-ffp-contract=fast", *(["-march=native"] if platform.machine() == "x86_64" else [])),
 ]

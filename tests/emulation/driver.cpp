@@ -1,7 +1,8 @@
 // A few rows through the kernels without torch, for tests of the emulation itself and for the
 // sanitizers: prints a line for each case, with a hash of every bit that came out. Arguments:
-// schedule, layout (0 clusters, 1 tickets, 2 one persistent cluster, 3 two), CTAs that run at one
-// time, and "few" cases or "all": dtypes, divergences, terms, pruning, lengths and edges.
+// schedule, layout (0 clusters, 1 tickets), CTAs that run at one time, and the cases: "few"; "all"
+// dtypes, divergences, terms, pruning, lengths and edges; or "large" vocabularies, which are laid
+// out as the wheel lays them out.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -44,6 +45,7 @@ struct Case {
   Mode divergence = Mode::kForward;
   Terms terms = Terms::kSoft;
   int64_t V = 1500, keep = 0;         // 0: of no row; else so many, and all of every third row
+  int64_t N = kN;                     // rows, of those that the tensors have
   bool inplace = false, odd = false;  // odd: infinities and NaN
 };
 
@@ -169,7 +171,7 @@ void run(const Case& c) {
   if (c.terms != Terms::kSoft) call.hard_weight = weight.data();
   call.soft = soft.data();
   call.hard = hard.data();
-  call.N = kN;
+  call.N = c.N;
   call.vocab_size = c.V;
   call.divergence = c.divergence;
   if (c.keep != 0) call.keep = keep.data();
@@ -223,6 +225,29 @@ void run_all() {
   }
 }
 
+// GPT-2's vocabulary and Llama 3's.
+void run_large() {
+  for (const int64_t V : {50257, 128256}) {
+    DenseRows call;
+    call.student.dtype = call.teacher.dtype = call.dstudent.dtype = DType::kBFloat16;
+    call.teacher.data = &call;  // for a sparse one has none
+    call.N = 2;
+    call.vocab_size = V;
+    const fastkd::cuda::Plan plan = fastkd::cuda::plan(call);
+    std::printf("V %d: %s of %d CTAs of %d threads\n", static_cast<int>(V),
+                plan.cluster ? "clusters" : "tickets", plan.parts, plan.threads);
+    Case c{DType::kBFloat16, DType::kBFloat16, Mode::kForward, Terms::kOwn, V};
+    c.N = call.N;
+    run(c);
+    c.terms = Terms::kPruned, c.keep = V / 4, c.inplace = true;
+    run(c);
+    c.terms = Terms::kSparse, c.keep = 0;
+    run(c);
+    c.terms = Terms::kShared, c.divergence = Mode::kMixture;
+    run(c);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -232,15 +257,17 @@ int main(int count, char** arguments) {
                        : schedule == 1 ? emulation::Schedule::kReverse
                                        : emulation::Schedule::kRandom,
                        static_cast<unsigned>(schedule), places);
+  const std::string cases = arguments[4];
   fastkd::cuda::Limits limits;
-  limits.threads = 64;
-  limits.steps = 2;
-  const int layout = std::atoi(arguments[2]);
-  (layout == 1 ? limits.cluster : limits.tickets) = 0;
-  limits.persistent = std::max(layout - 1, 0);
+  if (cases != "large") limits.threads = 64, limits.steps = 2;
+  (std::atoi(arguments[2]) == 1 ? limits.cluster : limits.tickets) = 0;
   fastkd::cuda::set_limits(limits);
-  if (std::string(arguments[4]) == "all") {
+  if (cases == "all") {
     run_all();
+    return 0;
+  }
+  if (cases == "large") {
+    run_large();
     return 0;
   }
   run({.terms = Terms::kShared});
