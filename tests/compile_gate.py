@@ -136,17 +136,17 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     file = "fast.h"
     every = Part(code, file, "run")
     load, gradient = Part(code, "held.h", "load"), Part(code, file, "write_gradient")
-    sums = Part(code, file, "sum_soft")
+    sums, logarithms = Part(code, file, "sum_soft"), Part(code, "classes.h", "take_logarithms")
     shifted = Part(load.code, "load.h", "load_shifted")
     # The label set apart: every warp looks for it, one has it, and one makes its term.
-    left_out = Part(code, file, "leave_out_label").code
-    once = Part(left_out, "row.h", "left_out").code + Part(left_out, file, "leave_out").code
+    left_out = Part(code, "classes.h", "leave_out_label").code
+    once = Part(left_out, "row.h", "left_out").code + Part(left_out, "classes.h", "leave_out").code
     each = len(left_out) - len(once)
     once += Part(code, file, "set_target").code
     warps = SMALL_VOCABULARY / (32 * pairs)
     # What a row of the plain loss does not do, and what is counted by itself.
-    others = ("sum_hard", "write_gradient", "mix", "leave_out_label", "set_target")
-    aside = [Part(code, file, f).code for f in others]
+    others = ("sum_hard", "write_gradient", "mix", "set_target")
+    aside = [left_out, *(Part(code, file, f).code for f in others)]
     elsewhere = {id(i) for part in aside for i in part}
     plain = Part([i for i in every.code if id(i) not in elsewhere])
     # The sums over warps and CTAs are one warp's work for all of its CTA.
@@ -161,12 +161,12 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
         "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
         "instructions_per_pair_of_the_sums": sums.per(pairs),
         # What a teacher's probabilities cost besides, and the label set apart.
-        "instructions_per_pair_of_the_logarithms": Part(code, file, "take_logarithms").per(pairs),
+        "instructions_per_pair_of_the_logarithms": logarithms.per(pairs),
         "instructions_per_pair_of_the_label": round((each + len(once) / warps) / pairs, 2),
         # Some of their lines are lost where ptxas has joined them, and not always the same: of the
         # loads no more is said than that each step has them; of the stores not all name a function.
         "reread_loads_of_128_bits": min(
-            CAREFUL_LOADS, Part(code, "careful_slice.h", "each_step").wide("LDG")
+            CAREFUL_LOADS, Part(code, "classes.h", "each_step").wide("LDG")
         ),
         "reread_stores_of_128_bits": Part(code).beside("careful.h").beside("load.h").wide("STG"),
     }
@@ -284,7 +284,7 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
 def measure() -> dict[str, Any]:
     """The whole table."""
     module = os.environ.get("FASTKD_GATE_MODULE")
-    sources = sorted(KERNELS.glob("*.cu"))
+    sources = [KERNELS / "kernels.cu"]
 
     def of(source: Path, target: str) -> dict[str, Figures]:
         of_module = built[source.stem, target] if module else None

@@ -1,15 +1,75 @@
 // The core of every row: slices of any length, read again for each step, and exact for infinities
 // and for sums that cancel. It serves the rows that fast.h passes over.
 #pragma once
-#include "careful_slice.h"
+#include "classes.h"
+#include "tail.h"
 
 namespace fastkd::cuda {
 
+// The hard term with exponentials of its own, in the frame of the row's maximum.
+template <class Exchange>
+class HardTerm : protected StoredClasses<Exchange> {
+ protected:
+  using Base = StoredClasses<Exchange>;
+  using Base::row_;
+
+  __device__ explicit HardTerm(Row<Exchange>& row) : Base(row) {}
+
+  __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
+
+  // All classes but the label, whose gradient is less theirs: softmax less 1 would lose what is
+  // small beside 1.
+  __device__ float sum_hard(int step, const float* student) const {
+    const int label = label_index(step);
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      sum += j == label ? 0.0f : exponential(student[j] - hard_frame_);
+    }
+    return sum;
+  }
+  // With the label.
+  __device__ float hard_sum(const Sums& sums) const {
+    return sums.hard + exponential(sums.label - hard_frame_);
+  }
+  __device__ void add_hard(int step, const float* student, float factor, float* gradient) const {
+    const int label = label_index(step);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = j == label ? 0.0f : exponential(student[j] - hard_frame_);
+      gradient[j] = fmaf(e, factor, gradient[j]);
+    }
+  }
+  __device__ int label_index(int step) const {
+    return row_.label() / kStep == step ? row_.student().index(step, row_.label()) : -1;
+  }
+
+  // The same over the tail.
+  __device__ void find_maximum_of_tail(float& max) const {
+    if (row_.has_tail()) each_of_tail(row_, [&](int, float logit) { max = fmaxf(max, logit); });
+  }
+  __device__ float sum_tail() const {
+    float sum = 0;
+    if (row_.has_tail()) {
+      each_of_tail(row_, [&](int column, float logit) {
+        sum += column == row_.label() ? 0.0f : exponential(logit - hard_frame_);
+      });
+    }
+    return sum;
+  }
+  __device__ void write_tail(float hard_sum) const {
+    cuda::write_tail(row_, 1 / hard_sum, row_.at_label(),
+                     [&](float logit) { return exponential(logit - hard_frame_); });
+  }
+
+  float hard_frame_ = 0;
+};
+
 template <class Exchange, Mode kMode>
-class Reread : RereadSlice<Exchange> {
+class Careful : HardTerm<Exchange> {
  public:
-  __device__ explicit Reread(Row<Exchange>& row)
-      : RereadSlice<Exchange>(row),
+  __device__ explicit Careful(Row<Exchange>& row)
+      : HardTerm<Exchange>(row),
         student_inverse_(row.student_inverse()),
         teacher_inverse_(row.teacher_inverse()),
         beta_(row.beta()) {}
@@ -76,7 +136,7 @@ class Reread : RereadSlice<Exchange> {
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
   static constexpr bool kStudentLeads = kMode != Mode::kForward;
-  using Base = RereadSlice<Exchange>;
+  using Base = HardTerm<Exchange>;
   using Base::each_step, Base::exponential, Base::hard_frame_, Base::row_, Base::take_part;
 
   __device__ float lead_inverse() const {

@@ -1,23 +1,23 @@
 // The core of rows whose slices fit the registers: every logit is read once, its exponential stays
 // where the logit was, one exchange, and the gradient is written from them.
 #pragma once
-#include "held.h"
+#include "classes.h"
 
 namespace fastkd::cuda {
 
 template <class Exchange, Mode kMode>
-class Registers : Slice<Exchange, true> {
+class Fast : HeldClasses<Exchange> {
  public:
-  __device__ explicit Registers(Row<Exchange>& row) : Slice<Exchange, true>(row) {}
+  __device__ explicit Fast(Row<Exchange>& row) : HeldClasses<Exchange>(row) {}
 
   // False where the row has to be read again: infinities, sums that cancel, or a gradient that
   // does.
   __device__ bool run() {
     this->load([] {});
     if (own_hard()) sum_hard();
-    if (row_.pruned()) prune();
-    if (row_.teacher_probs()) take_logarithms();
-    if constexpr (kMode == Mode::kForward) leave_out_label();
+    if (row_.pruned()) this->prune();
+    if (row_.teacher_probs()) this->take_logarithms();
+    if constexpr (kMode == Mode::kForward) this->leave_out_label();
     if (row_.has_soft()) sum_soft();
     if (row_.power() > 1) sum_powers();
     sums_.label = row_.student_label();
@@ -83,7 +83,7 @@ class Registers : Slice<Exchange, true> {
 
  private:
   static constexpr bool kReverse = kMode == Mode::kReverse;
-  using Base = Slice<Exchange, true>;
+  using Base = HeldSlice<Exchange, true>;
   using Base::each, Base::each_in_turn, Base::kVectors, Base::last, Base::maximum, Base::rotate;
   using Base::row_, Base::step, Base::student_, Base::teacher_;
 
@@ -114,56 +114,6 @@ class Registers : Slice<Exchange, true> {
     sums_.hard = warp_sum(sum);
   }
 
-  // Classes below the threshold no longer exist on either side.
-  __device__ __forceinline__ void prune() {
-    const float none = row_.teacher_probs() ? 0.0f : -kInf;
-    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                                        row_.keep(), none, [&](const auto& fn) {
-                                          each([&](int i) {
-#pragma unroll
-                                            for (int j = 0; j < kPerLane; ++j)
-                                              fn(unknown(teacher_[i][j]));
-                                          });
-                                        });
-    bool nan = false;
-    each([&](int i) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const float s = student_[i][j], t = teacher_[i][j];
-        nan |= s != s || !(t >= none);
-        const bool keep = t >= threshold;
-        student_[i][j] = keep ? s : -kInf;
-        teacher_[i][j] = keep ? t : none;
-      }
-    });
-    // A NaN is lost with its class: it has to show in the sums.
-    if (nan) student_[0][0] = teacher_[0][0] = kNaN;
-  }
-
-  // Of probabilities, the logits in units of ln 2: NaN where one is negative.
-  __device__ __forceinline__ void take_logarithms() {
-    each([&](int i) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_subnormal(teacher_[i][j]);
-    });
-  }
-
-  // By the warp that has it, where the label has a term of its own; but a NaN stays.
-  __device__ __forceinline__ void leave_out_label() {
-    if (!row_.decoupled()) return;
-    const int of_label = row_.label() / kStep;
-    each([&](int i) {
-      if (step(i) == of_label) leave_out(i, row_.left_out(of_label));
-    });
-  }
-  __device__ __forceinline__ void leave_out(int i, int index) {
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      if (j != index) continue;
-      if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
-      if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
-    }
-  }
   __device__ void set_target(const Sums& sums) {
     const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;
     const float student = fmaf(sums.label, student_scale(), -sums.other_frame) * kLn2;

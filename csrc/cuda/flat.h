@@ -11,15 +11,15 @@
 //
 // Such rows are rare: their slices are read three times, whatever their length.
 #pragma once
-#include "careful_slice.h"
+#include "careful.h"
 
 namespace fastkd::cuda {
 
 template <class Exchange>
-class LogitMatch : RereadSlice<Exchange> {
+class Flat : HardTerm<Exchange> {
  public:
-  __device__ explicit LogitMatch(Row<Exchange>& row)
-      : RereadSlice<Exchange>(row),
+  __device__ explicit Flat(Row<Exchange>& row)
+      : HardTerm<Exchange>(row),
         unit_(row.teacher_probs() ? kLn2 : 1.0f),
         inverse_(row.student_inverse()),
         beta_(row.beta()) {}
@@ -69,7 +69,7 @@ class LogitMatch : RereadSlice<Exchange> {
   }
 
  private:
-  using Base = RereadSlice<Exchange>;
+  using Base = HardTerm<Exchange>;
   using Base::each_step, Base::hard_frame_, Base::row_, Base::take_part;
 
   // Of |logit| / T, where the series still hold.

@@ -8,11 +8,11 @@ namespace fastkd::cuda {
 
 // kPair: of both rows, else of the student's.
 template <class Exchange, bool kPair>
-class Slice {
+class HeldSlice {
  protected:
   static constexpr int kVectors = Exchange::kVectors;
 
-  __device__ explicit Slice(Row<Exchange>& row) : row_(row) {}
+  __device__ explicit HeldSlice(Row<Exchange>& row) : row_(row) {}
 
   __device__ bool has_teacher() const { return kPair && row_.has_soft(); }
   __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }

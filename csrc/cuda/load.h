@@ -10,8 +10,6 @@ namespace fastkd::cuda {
 constexpr int kPerLane = 8;
 constexpr int kStep = kLanes * kPerLane;  // columns a warp handles together
 
-constexpr float kInf = __builtin_huge_valf();
-
 // 8 columns as stored; a 16-bit dtype has all of them in `first`.
 struct Packed {
   uint4 first, second;

@@ -9,7 +9,7 @@
 
 #include "../module.h"
 #include "../torch_ops.h"
-#include "kernel.h"
+#include "launch.h"
 
 namespace fastkd {
 namespace {

@@ -1,7 +1,6 @@
 // What the cores of a row share (fast.h, careful.h, flat.h): its arguments, its slice,
 // the sums over all its CTAs, and what is written of it besides the gradient proper.
 #pragma once
-#include "decoupled.h"
 #include "select.h"
 
 namespace fastkd::cuda {
@@ -110,8 +109,6 @@ struct RowShared {
   SelectShared select;
 };
 
-constexpr float kNaN = __builtin_nanf("");
-
 template <class Exchange>
 class Row {
  public:
@@ -180,31 +177,13 @@ class Row {
   __device__ void fill_slice(float value) const {
     fill(dstudent(), begin() * kStep, min(end() * kStep, vocab()), value);
   }
-  // Of the classes from vocab on each CTA has a share.
+  // Where part `rank`'s share of the classes from vocab on begins.
+  __device__ int beyond(int rank) const {
+    return vocab() + share(static_cast<int>(call.student.width) - vocab(), rank, exchange.size());
+  }
   __device__ void fill_beyond(float value = 0) const {
     const int width = static_cast<int>(call.dstudent.width) - vocab();
     if (width != 0) fill(dstudent(), beyond(exchange.rank()), beyond(exchange.rank() + 1), value);
-  }
-
-  // fn(column, logit) for the tail's columns of this CTA, by the same threads in every call.
-  template <class Fn>
-  __device__ void each_of_tail(const Fn& fn) const {
-    const View view = student();
-    const int end = beyond(exchange.rank() + 1), threads = static_cast<int>(blockDim.x);
-    for (int column = beyond(exchange.rank()) + static_cast<int>(threadIdx.x); column < end;
-         column += threads) {
-      fn(column, load_single(view, column));
-    }
-  }
-  // The gradient there, of the hard term alone, whose softmax is factor * exponential(logit).
-  template <class Exponential>
-  __device__ void write_tail(float factor, float at_label, const Exponential& exponential) const {
-    if (!has_tail() || hard_weight() == 0) return fill_beyond();
-    each_of_tail([&](int column, float logit) {
-      float values[kPerLane] = {};
-      values[0] = column == label() ? at_label : hard_weight() * factor * exponential(logit);
-      store_single(dstudent(), column, pack(dstudent().dtype, values).first.x);
-    });
   }
 
   // Whether nothing but NaN can be said of the gradient.
@@ -307,10 +286,6 @@ class Row {
     const int first = in_tail ? beyond(exchange.rank()) : begin() * kStep;
     const int last = in_tail ? beyond(exchange.rank() + 1) : end() * kStep;
     return threadIdx.x == 0 && label() >= first && label() < last;
-  }
-  // Where the share of part `rank` begins.
-  __device__ int beyond(int rank) const {
-    return vocab() + share(static_cast<int>(call.student.width) - vocab(), rank, exchange.size());
   }
 
   const RowArguments& a;

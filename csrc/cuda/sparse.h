@@ -3,24 +3,17 @@
 // teacher names, each by the CTA that has its column, and the gradient. Formulas: fastkd/spec.py.
 #pragma once
 #include "held.h"
+#include "kernels.h"
+#include "tail.h"
 
 namespace fastkd::cuda {
 
-// Of a call; see SparseRows.
-struct SparseTeacher {
-  const int64_t* ids = nullptr;
-  const float* log_probs = nullptr;
-  const float* log_rest = nullptr;
-  int64_t k = 0;
-  bool restricted = false;
-};
-
 // kHeld: in registers; else the slice is read again for each step.
 template <class Exchange, bool kHeld>
-class SparseRow : Slice<Exchange, false> {
+class SparseRow : HeldSlice<Exchange, false> {
  public:
   __device__ SparseRow(Row<Exchange>& row, const SparseTeacher& teacher)
-      : Slice<Exchange, false>(row),
+      : HeldSlice<Exchange, false>(row),
         teacher_(teacher),
         shared_(row.shared.topk),
         named_(row.shared.select.histogram),
@@ -76,12 +69,12 @@ class SparseRow : Slice<Exchange, false> {
       __syncthreads();
       write_classes(total, puts_back);
     }
-    row_.write_tail(1 / sum(), hard_at_label_,
-                    [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -frame())); });
+    write_tail(row_, 1 / sum(), hard_at_label_,
+               [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -frame())); });
   }
 
  private:
-  using Base = Slice<Exchange, false>;
+  using Base = HeldSlice<Exchange, false>;
   using Base::row_;
   static constexpr int kMarked = kBins * 32 / kStep;  // steps whose columns have a bit each
 
@@ -297,7 +290,7 @@ class SparseRow : Slice<Exchange, false> {
   // Of the tail, to what there is of the hard term; from here on in a frame of the warp.
   __device__ void sum_tail(Sums& sums, const Sums& total) const {
     Online tail{kLog2E};
-    row_.each_of_tail([&](int, float logit) { tail.add(logit); });
+    each_of_tail(row_, [&](int, float logit) { tail.add(logit); });
     tail.over_warp();
     sums.hard_frame = sums.hard == 0 ? -kInf : common_frame(total);
     join(sums.hard, sums.hard_frame, tail.sum, tail.frame);
@@ -393,7 +386,7 @@ class SparseRow : Slice<Exchange, false> {
       sum += few;
     });
     if (row_.has_tail()) {
-      row_.each_of_tail([&](int column, float logit) {
+      each_of_tail(row_, [&](int column, float logit) {
         sum += column == row_.label() ? 0.0f : exp2_approx(fmaf(logit, kLog2E, -base));
       });
     }

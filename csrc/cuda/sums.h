@@ -3,11 +3,9 @@
 // in KL(q || p)), `other` the second one. Formulas: fastkd/spec.py.
 #pragma once
 #include "load.h"
+#include "math.h"
 
 namespace fastkd::cuda {
-
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // Of some columns, with e = 2^(logit log2(e) / T - frame), x = ln e_lead - ln e_other and
 // phi(x) = x + exp(-x) - 1 >= 0. Moved between warps, CTAs and memory as vectors of 16 bytes.
@@ -30,16 +28,6 @@ struct alignas(16) Sums {
   __device__ float* fields() { return &lead_frame; }
 };
 constexpr int kSumsVectors = sizeof(Sums) / 16;
-
-// phi(x) / x^2 for |x| < 1/4, relative error 3e-8.
-__device__ __forceinline__ float phi_series(float x) {
-  float p = fmaf(x, 0.00139121595f, -0.00834884867f);
-  p = fmaf(x, p, 0.0416666120f);
-  p = fmaf(x, p, -0.166666418f);
-  return fmaf(x, p, 0.5f);
-}
-
-__device__ __forceinline__ float smaller_square(float x) { return fminf(fabsf(x), x * x); }
 
 // Brings the sums to other frames, which are not below the old ones. The hard sum is of powers, 0
 // and 1 alike, of what is relative to its frame: their product would be rounded.
@@ -102,23 +90,6 @@ __device__ inline void combine(Sums* parts, int count, Sums& sum, int power) {
   }
   __syncwarp();
 }
-
-// a e_other - b e_lead as (e_other - e_lead) least + e_other of_other + e_lead of_lead, which keeps
-// what is left where the two nearly cancel. `gap`: a - b, to its own precision; of one sign both.
-struct Combination {
-  float least = 0, of_other = 0, of_lead = 0;
-
-  Combination() = default;
-  __device__ Combination(float a, float b, float gap) {
-    const bool larger = fabsf(a) >= fabsf(b);
-    least = larger ? b : a;
-    of_other = larger ? gap : 0;
-    of_lead = larger ? 0 : gap;
-  }
-  __device__ __forceinline__ float operator()(float difference, float other, float lead) const {
-    return fmaf(difference, least, fmaf(other, of_other, lead * of_lead));
-  }
-};
 
 // One column, from its exponentials and x = ln lead - ln other, as far as that is finite.
 struct Pair {
@@ -205,30 +176,6 @@ __device__ inline Divergence divergence(Sums& sums) {
   d.exact = d.value < kInf && lost <= 16 * d.value;  // false also for NaN
   d.value = fmaxf(d.value, 0.0f);
   return d;
-}
-
-// For y >= -1 and r = 1 + y, to its own precision where y is near -1: ln r, and r ln r - y >= 0
-// relative to its own size also where y is small; ln 0 is taken as ln of the smallest normal
-// number.
-struct LogTerms {
-  float log, excess;
-};
-__device__ __forceinline__ LogTerms log_terms(float y, float r) {
-  // ln(1 + y) = y - y^2 q(y), coefficients as for the CPU (csrc/cpu/math.h).
-  float q = -0.0873475952f;
-  q = fmaf(q, y, 0.14307497f);
-  q = fmaf(q, y, -0.149179918f);
-  q = fmaf(q, y, 0.165705125f);
-  q = fmaf(q, y, -0.199620709f);
-  q = fmaf(q, y, 0.250017551f);
-  q = fmaf(q, y, -0.333339502f);
-  q = fmaf(q, y, 0.499999916f);
-  const float near_log = fmaf(-y * y, q, y);
-  const float near_excess = y * y * fmaf(-(1.0f + y), q, 1.0f);
-  r = fmaxf(r, 0x1p-126f);
-  const float far_log = log2_approx(r) * kLn2;
-  const bool near = y > -0.29f && y < 0.41f;
-  return {near ? near_log : far_log, near ? near_excess : fmaf(r, far_log, -y)};
 }
 
 }  // namespace fastkd::cuda

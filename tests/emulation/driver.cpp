@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/kernel.h"
+#include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/plan.h"
 #include "cuda_emulation.h"
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/kernel.h"
+#include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/module.h"
 #include "../../csrc/torch_ops.h"

@@ -1,0 +1,32 @@
+// What kernels.cu has to launch. Pointers: a kernel template has no name outside of its own file.
+#pragma once
+#include <cstddef>
+
+#include "plan.h"
+
+namespace fastkd::cuda {
+
+// The teacher's part of a call; see SparseRows.
+struct SparseTeacher {
+  const int64_t* ids = nullptr;
+  const float* log_probs = nullptr;
+  const float* log_rest = nullptr;
+  int64_t k = 0;
+  bool restricted = false;
+};
+
+// The kernels of one kind of exchange, and the dynamic shared memory that each of them takes.
+struct Kernels {
+  void (*dense_rows)(DenseRows, Plan, unsigned* workspace);
+  // The student's rows, in a call that has no teacher.
+  void (*sparse_rows)(DenseRows, SparseTeacher, Plan, unsigned* workspace);
+  size_t shared_bytes;
+};
+Kernels kernels(bool clusters, Mode divergence);
+
+// One warp has so many steps of a row, which is in `parts` of them.
+constexpr int kStepsPerWarp = 4;
+using ScaleRowsKernel = void (*)(ScaleRows, unsigned parts);
+ScaleRowsKernel scaling_kernel();
+
+}  // namespace fastkd::cuda
