@@ -29,8 +29,8 @@ class HardTerm : protected StoredClasses<Exchange> {
     return sum;
   }
   // With the label.
-  __device__ float hard_sum(const Sums& sums) const {
-    return sums.hard + exponential(sums.label - hard_frame_);
+  __device__ float hard_sum(float besides, float label) const {
+    return besides + exponential(label - hard_frame_);
   }
   __device__ void add_hard(int step, const float* student, float factor, float* gradient) const {
     const int label = label_index(step);
@@ -111,15 +111,15 @@ class Careful : HardTerm<Exchange> {
       const float odds = beta_ * (sums.lead / sums.other);
       share_ = odds < kInf ? odds / (odds + (1 - beta_)) : 1;
       rest_ = (1 - beta_) / (odds + (1 - beta_));
-      const Sums mixed = mix();
-      mean_ = mixed.cross;
-      value = beta_ * mixed.lead + (1 - beta_) * mixed.other;
+      const MixtureSums mixed = mix();
+      mean_ = mixed.log_q;
+      value = beta_ * mixed.from_teacher + (1 - beta_) * mixed.from_student;
     } else if (sums.forbidden > 0) {
       value = kInf;
     }
     float hard = 0;
     if (row_.has_hard()) {
-      const float sum = this->hard_sum(sums);
+      const float sum = this->hard_sum(sums.hard, sums.label);
       hard = sum > 0 ? logf(sum) + (hard_frame_ - sums.label) : kNaN;
     }
     if (is_nan(value) && threadIdx.x == 0) row_.shared.target.divergence = kNaN;
@@ -128,9 +128,9 @@ class Careful : HardTerm<Exchange> {
     if (row_.template is_lost<kMode>(value, hard)) {
       row_.fill_slice(kNaN);
     } else {
-      write_gradient(empty, row_.hard_weight() / this->hard_sum(sums));
+      write_gradient(empty, row_.hard_weight() / this->hard_sum(sums.hard, sums.label));
     }
-    this->write_tail(this->hard_sum(sums));
+    this->write_tail(this->hard_sum(sums.hard, sums.label));
   }
 
  private:
@@ -156,6 +156,20 @@ class Careful : HardTerm<Exchange> {
     });
   }
 
+  struct Maxima {
+    float lead, other = -kInf, hard = -kInf;
+
+    __device__ Sums packed() const {
+      Sums sums;
+      sums.lead_frame = lead;
+      sums.other_frame = other;
+      sums.hard_frame = hard;
+      return sums;
+    }
+    __device__ static Maxima of(const Sums& sums) {
+      return {sums.lead_frame, sums.other_frame, sums.hard_frame};
+    }
+  };
   // In the logits as they are stored, what all exponentials are relative to; and what the other
   // side has where the lead has its maximum.
   __device__ void find_maxima() {
@@ -180,19 +194,14 @@ class Careful : HardTerm<Exchange> {
     });
     if (nan) poison_ = kNaN;
     this->find_maximum_of_tail(hard_max);
-    Sums sums;
-    sums.lead_frame = warp_max(lead_max);
-    sums.other_frame = warp_max(other_max);
-    sums.hard_frame = warp_max(hard_max);
-    const Sums& total = row_.total(sums, [](Sums&) {});
+    const Maxima total =
+        row_.total_of(Maxima{warp_max(lead_max), warp_max(other_max), warp_max(hard_max)});
     const auto frame = [](float max) { return max > -kInf ? max : 0.0f; };
-    lead_frame_ = frame(total.lead_frame);
-    other_frame_ = frame(total.other_frame);
-    hard_frame_ = frame(total.hard_frame);
+    lead_frame_ = frame(total.lead);
+    other_frame_ = frame(total.other);
+    hard_frame_ = frame(total.hard);
     __syncthreads();  // before the next sums come into the same place
-    sums.other_frame = sums.hard_frame = -kInf;
-    sums.lead_frame = warp_max(lead_max == lead_frame_ ? beside : -kInf);
-    beside_ = row_.total(sums, [](Sums&) {}).lead_frame;
+    beside_ = row_.total_of(Maxima{warp_max(lead_max == lead_frame_ ? beside : -kInf)}).lead;
     __syncthreads();
   }
 
@@ -269,7 +278,8 @@ class Careful : HardTerm<Exchange> {
     const Sums total = row_.total(sums, [&](Sums& sums) {
       row_.shared.divergence = divergence(sums);
       if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
-      if (row_.has_hard()) row_.set_hard_at_label(sums.hard / this->hard_sum(sums));
+      if (row_.has_hard())
+        row_.set_hard_at_label(sums.hard / this->hard_sum(sums.hard, sums.label));
     });
     soft = row_.shared.divergence;
     __syncthreads();
@@ -301,9 +311,8 @@ class Careful : HardTerm<Exchange> {
             m * log_terms(beta_ * y, q * per_m).excess};
   }
 
-  __device__ Sums mix() {
-    Sums sums;
-    sums.lead_frame = sums.other_frame = 0;
+  __device__ MixtureSums mix() {
+    MixtureSums sums{0, 0};
     each_pruned([&](int, float* student, float* teacher) {
       float from_teacher = 0, from_student = 0, log_q = 0;
 #pragma unroll
@@ -313,14 +322,12 @@ class Careful : HardTerm<Exchange> {
         from_student += m.from_student;
         log_q = fmaf(m.q, m.log_q, log_q);
       }
-      sums.lead += from_teacher;
-      sums.other += from_student;
-      sums.cross += log_q;
+      sums.from_teacher += from_teacher;
+      sums.from_student += from_student;
+      sums.log_q += log_q;
     });
-    sums.lead = warp_sum(sums.lead);
-    sums.other = warp_sum(sums.other);
-    sums.cross = warp_sum(sums.cross);
-    return row_.total(sums, [](Sums&) {});
+    return row_.total_of(MixtureSums{warp_sum(sums.from_teacher), warp_sum(sums.from_student),
+                                     warp_sum(sums.log_q)});
   }
 
   __device__ void write_gradient(bool empty, float hard) {

@@ -54,10 +54,10 @@ class Fast : HeldClasses<Exchange> {
     const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
     float from_student = 0;
     if (kMode == Mode::kMixture && row_.has_soft()) {
-      const Sums mixed = mix(lead, other);
-      from_student = mixed.other;
+      const MixtureSums mixed = mix(lead, other);
+      from_student = mixed.from_student;
       const float beta = row_.beta();
-      soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
+      soft.value = beta * mixed.from_teacher + (1 - beta) * mixed.from_student;
       const float limit = -log1pf(-beta);  // of ln(q / m), where p is nothing
       const bool apart = (limit - from_student) * 4 < limit;
       const bool near = soft.value < kNear * beta * (1 - beta);
@@ -200,10 +200,10 @@ class Fast : HeldClasses<Exchange> {
     return frame > -kInf ? exp2_approx(down) / sum : 0.0f;
   }
 
-  // KL(p || m) as `lead` and KL(q || m) as `other`. Leaves q where the student was, and
-  // q ln(q / m) where the teacher was. With y = (q - p) / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta
-  // y, and each divergence is a sum of r ln r - r + 1 over m, without cancellation.
-  __device__ __forceinline__ Sums mix(float per_p, float per_q) {
+  // Leaves q where the student was, and q ln(q / m) where the teacher was. With y = (q - p) / m:
+  // p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of r ln r - r + 1 over
+  // m, without cancellation.
+  __device__ __forceinline__ MixtureSums mix(float per_p, float per_q) {
     const float beta = row_.beta();
     float from_teacher = 0, from_student = 0;
     each([&](int i) {
@@ -219,11 +219,7 @@ class Fast : HeldClasses<Exchange> {
         teacher_[i][j] = q * log_q.log;
       }
     });
-    Sums sums;
-    sums.lead_frame = sums.other_frame = 0;
-    sums.lead = warp_sum(from_teacher);
-    sums.other = warp_sum(from_student);
-    return row_.total(sums, [](Sums&) {});
+    return row_.total_of(MixtureSums{warp_sum(from_teacher), warp_sum(from_student)});
   }
 
   // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q -

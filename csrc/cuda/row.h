@@ -260,6 +260,12 @@ class Row {
     return shared.total;
   }
 
+  // The same of sums that have names of their own; see MixtureSums.
+  template <class Named>
+  __device__ Named total_of(const Named& mine) {
+    return Named::of(total(mine.packed(), [](Sums&) {}));
+  }
+
   // -log softmax(student)[label], from a sum of 2^(logit scale - frame) to the power.
   __device__ float hard_term(float sum, float frame, float scale, float logit, int power) const {
     if (!(sum > 0)) return kNaN;

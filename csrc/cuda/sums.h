@@ -29,6 +29,24 @@ struct alignas(16) Sums {
 };
 constexpr int kSumsVectors = sizeof(Sums) / 16;
 
+// What is added up besides has names of its own, and travels in fields of Sums: maxima in those of
+// the frames, sums in the others, which are as they were where the frames are the same in every
+// CTA.
+struct MixtureSums {
+  float from_teacher, from_student;  // KL(p || m), KL(q || m)
+  float log_q = 0;                   // sum q log_q, where that is wanted
+
+  __device__ Sums packed() const {
+    Sums sums;
+    sums.lead_frame = sums.other_frame = 0;
+    sums.lead = from_teacher;
+    sums.other = from_student;
+    sums.cross = log_q;
+    return sums;
+  }
+  __device__ static MixtureSums of(const Sums& sums) { return {sums.lead, sums.other, sums.cross}; }
+};
+
 // Brings the sums to other frames, which are not below the old ones. The hard sum is of powers, 0
 // and 1 alike, of what is relative to its frame: their product would be rounded.
 //
