@@ -11,7 +11,7 @@
 namespace fastkd {
 
 // Which divergence the soft term is; the numbers are those of fastkd/spec.py.
-enum class Mode { kForward, kReverse, kMixture };
+enum class Divergence { kForward, kReverse, kMixture };
 
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 
@@ -58,7 +58,7 @@ struct DenseRows {
   int64_t N = 0;
   const int64_t* keep = nullptr;  // null: nothing is pruned
   int64_t vocab_size = 0;
-  Mode divergence = Mode::kForward;
+  Divergence divergence = Divergence::kForward;
   const void* beta = nullptr;  // of a mixture, else null
   bool is_double = false;
   bool teacher_probs = false;  // the teacher's rows hold probabilities

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> dense_rows(
       "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
       "teacher_logits.clone(), or inplace=False");
   call.vocab_size = vocab_size;
-  call.divergence = static_cast<Mode>(divergence);
+  call.divergence = static_cast<Divergence>(divergence);
   call.teacher_probs = teacher_probs;
   call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
   const auto device = student.device();
@@ -137,14 +137,15 @@ std::tuple<Tensor, Tensor> dense_rows(
   STD_TORCH_CHECK(!keep || (keep->numel() == call.N && keep->is_contiguous() &&
                             keep->scalar_type() == ScalarType::Long),
                   "fastkd: keep must be contiguous int64 [N]");
-  STD_TORCH_CHECK(divergence >= static_cast<int64_t>(Mode::kForward) &&
-                      divergence <= static_cast<int64_t>(Mode::kMixture) &&
-                      beta.has_value() == (call.divergence == Mode::kMixture),
+  STD_TORCH_CHECK(divergence >= static_cast<int64_t>(Divergence::kForward) &&
+                      divergence <= static_cast<int64_t>(Divergence::kMixture) &&
+                      beta.has_value() == (call.divergence == Divergence::kMixture),
                   "fastkd: a divergence that is none, or a mixture without beta, or beta besides");
   STD_TORCH_CHECK(labels || !(hard_weight || target_weight),
                   "fastkd: the hard and the target term need labels");
-  STD_TORCH_CHECK(!target_weight || (target && soft_weight && call.divergence == Mode::kForward),
-                  "fastkd: the target term needs target, soft_weight and the forward divergence");
+  STD_TORCH_CHECK(
+      !target_weight || (target && soft_weight && call.divergence == Divergence::kForward),
+      "fastkd: the target term needs target, soft_weight and the forward divergence");
   STD_TORCH_CHECK(
       vocab_size >= 1 && vocab_size <= call.student.width && vocab_size <= call.teacher.width,
       "fastkd: vocab_size out of range");

@@ -139,14 +139,14 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     sums, logarithms = Part(code, file, "sum_soft"), Part(code, "classes.h", "take_logarithms")
     shifted = Part(load.code, "load.h", "load_shifted")
     # The label set apart: every warp looks for it, one has it, and one makes its term.
-    left_out = Part(code, "classes.h", "leave_out_label").code
-    once = Part(left_out, "row.h", "left_out").code + Part(left_out, "classes.h", "leave_out").code
-    each = len(left_out) - len(once)
+    apart = Part(code, "classes.h", "set_label_apart").code
+    once = Part(apart, "row.h", "apart_index").code + Part(apart, "classes.h", "set_apart").code
+    each = len(apart) - len(once)
     once += Part(code, file, "set_target").code
     warps = SMALL_VOCABULARY / (32 * pairs)
     # What a row of the plain loss does not do, and what is counted by itself.
     others = ("sum_hard", "write_gradient", "mix", "set_target")
-    aside = [left_out, *(Part(code, file, f).code for f in others)]
+    aside = [apart, *(Part(code, file, f).code for f in others)]
     elsewhere = {id(i) for part in aside for i in part}
     plain = Part([i for i in every.code if id(i) not in elsewhere])
     # The sums over warps and CTAs are one warp's work for all of its CTA.
@@ -172,7 +172,7 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     }
 
 
-def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
+def sparse_core(name: str, target: str, code: list[Instruction]) -> Figures:
     """The same of a sparse teacher's rows: by columns, where a slice is in registers."""
     columns = vectors(name, target) * constant("kPerLane")
     file = "sparse.h"
@@ -203,13 +203,13 @@ def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
 def variant(name: str) -> str | None:
     """A kernel's name in the table, from its mangled one."""
     found = re.search(
-        r"\d(dense_rows|sparse_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?ModeE(\d))?)?",
+        r"\d(dense_rows|sparse_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?DivergenceE(\d))?)?",
         name,
     )
     if found is None:
         return None
-    mode = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
-    return " ".join(part for part in (found[1], found[2], mode) if part)
+    divergence = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
+    return " ".join(part for part in (found[1], found[2], divergence) if part)
 
 
 def empty(code: list[Instruction]) -> bool:
@@ -231,7 +231,7 @@ def figures(cubin: cubins.Cubin, target: str) -> dict[str, Figures]:
         if name.startswith("dense_rows"):
             found[name] |= core(name, target, kernel)
         elif name.startswith("sparse_rows"):
-            found[name] |= topk_core(name, target, kernel)
+            found[name] |= sparse_core(name, target, kernel)
         else:
             every = Part(kernel)
             found[name] |= {

@@ -81,7 +81,8 @@ class Row {
       lost_hard_ = std::isnan(hard);
     }
     if (!wants_gradient()) return;
-    const bool lost_if_infinite = call_.divergence == Mode::kReverse || soft_.matches_logits();
+    const bool lost_if_infinite =
+        call_.divergence == Divergence::kReverse || soft_.matches_logits();
     const bool soft_bad = std::isnan(soft) || (lost_if_infinite && std::isinf(soft));
     if ((soft_.has_gradient() && soft_bad) || (hard_weight_ != 0 && lost_hard_)) {
       fill(kNaN<T>);

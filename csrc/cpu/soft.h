@@ -24,8 +24,8 @@ class SoftTerm {
         weight_(weight),
         target_weight_(target_weight),
         student_inverse_(static_cast<const T*>(call.student_inv_temperature)[row]),
-        reverse_(call.divergence == Mode::kReverse),
-        mixed_(call.divergence == Mode::kMixture),
+        reverse_(call.divergence == Divergence::kReverse),
+        mixed_(call.divergence == Divergence::kMixture),
         beta_(mixed_ ? static_cast<const T*>(call.beta)[row] : T(0)),
         student_leads_(reverse_ || mixed_),
         match_(work) {

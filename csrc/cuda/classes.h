@@ -30,7 +30,7 @@ class StoredClasses {
 
   // The logits of the classes that take part, of probabilities in units of ln 2; the others, pruned
   // or the label set apart, are at -inf on both sides.
-  __device__ void take_part(int step, float* student, float* teacher) const {
+  __device__ void only_kept(int step, float* student, float* teacher) const {
     if (row_.pruned()) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -43,7 +43,7 @@ class StoredClasses {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) teacher[j] = log2_subnormal(teacher[j]);
     }
-    const int index = row_.left_out(step);
+    const int index = row_.apart_index(step);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if (j == index) student[j] = teacher[j] = -kInf;
@@ -118,14 +118,14 @@ class HeldClasses : protected HeldSlice<Exchange, true> {
   }
 
   // By the warp that has it, where the label has a term of its own; but a NaN stays.
-  __device__ __forceinline__ void leave_out_label() {
+  __device__ __forceinline__ void set_label_apart() {
     if (!row_.decoupled()) return;
     const int of_label = row_.label() / kStep;
     each([&](int i) {
-      if (step(i) == of_label) leave_out(i, row_.left_out(of_label));
+      if (step(i) == of_label) set_apart(i, row_.apart_index(of_label));
     });
   }
-  __device__ __forceinline__ void leave_out(int i, int index) {
+  __device__ __forceinline__ void set_apart(int i, int index) {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       if (j != index) continue;

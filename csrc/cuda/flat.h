@@ -39,7 +39,7 @@ class Flat : HardTerm<Exchange> {
       per_p_ = 1 / fmaf(-inverse_, mean_, student);
       mean_ = -log1pf(-inverse_ * mean_ / student) / inverse_;
     }
-    hard_frame_ = first.hard_max > -kInf ? first.hard_max : 0;
+    hard_offset_ = first.hard_max > -kInf ? first.hard_max : 0;
     const Second second = sum_centred();
     mean_error_ = second.off / count;
     from_student_ = second.from_student / count;
@@ -47,18 +47,18 @@ class Flat : HardTerm<Exchange> {
     if (!is_nan(soft)) soft = curvature() * fmaxf(soft, 0.0f);
     // A class has a logit on one side only.
     if (first.unusable > 0) soft = is_nan(first.apart) ? kNaN : kInf;
-    if (is(Mode::kReverse)) from_student_ = fmaf(inverse_, soft, mean_error_);
+    if (is(Divergence::kReverse)) from_student_ = fmaf(inverse_, soft, mean_error_);
     float hard = 0;
     if (row_.has_hard()) {
       const float sum = this->hard_sum(second.hard, second.label);
-      hard = sum > 0 ? logf(sum) + (hard_frame_ - second.label) : kNaN;
+      hard = sum > 0 ? logf(sum) + (hard_offset_ - second.label) : kNaN;
     }
     // The weight has a T^2 that all above includes.
     const float scale = inverse_ > 0 ? inverse_ : 1;
     soft = soft * scale * scale;
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return true;
-    if (row_.template is_lost<Mode::kReverse>(soft, hard)) {  // an infinite value leaves none
+    if (row_.template is_lost<Divergence::kReverse>(soft, hard)) {  // an infinite value leaves none
       row_.fill_slice(kNaN);
     } else {
       write_gradient(row_.soft_weight() * scale * scale * curvature() / count,
@@ -70,16 +70,16 @@ class Flat : HardTerm<Exchange> {
 
  private:
   using Base = HardTerm<Exchange>;
-  using Base::each_step, Base::hard_frame_, Base::row_, Base::take_part;
+  using Base::each_step, Base::hard_offset_, Base::row_, Base::only_kept;
 
   // Of |logit| / T, where the series still hold.
   static constexpr float kFlat = 1.0f / 16;
 
   __device__ static bool is_nan(float x) { return x != x; }
-  __device__ bool is(Mode divergence) const { return row_.call.divergence == divergence; }
+  __device__ bool is(Divergence divergence) const { return row_.call.divergence == divergence; }
 
   // Of the divergence at equal logits, beside that of KL.
-  __device__ float curvature() const { return is(Mode::kMixture) ? beta_ * (1 - beta_) : 1; }
+  __device__ float curvature() const { return is(Divergence::kMixture) ? beta_ * (1 - beta_) : 1; }
 
   __device__ static bool is_there(float student, float teacher) {
     return student != -kInf || teacher != -kInf;
@@ -128,15 +128,15 @@ class Flat : HardTerm<Exchange> {
 
   // What a class adds to T^2 D, but for the curvature.
   __device__ float divergence(const Class& c) const {
-    if (is(Mode::kForward)) return c.p * square(c.u);
-    if (is(Mode::kReverse)) return c.q * square(-c.u);
+    if (is(Divergence::kForward)) return c.p * square(c.u);
+    if (is(Divergence::kReverse)) return c.q * square(-c.u);
     const auto [m, y] = mixture(c);
     const float from_p = entropy_series(-(1 - beta_) * inverse_ * y);
     return m * y * y * fmaf(beta_, entropy_series(beta_ * inverse_ * y), (1 - beta_) * from_p);
   }
   __device__ float gradient(const Class& c) const {
-    if (is(Mode::kForward)) return c.p * (c.w - mean_error_);
-    return c.q * ((is(Mode::kReverse) ? c.u : beside_mixture(c)) - from_student_);
+    if (is(Divergence::kForward)) return c.p * (c.w - mean_error_);
+    return c.q * ((is(Divergence::kReverse) ? c.u : beside_mixture(c)) - from_student_);
   }
 
   // What the first pass finds; see MixtureSums.
@@ -149,8 +149,8 @@ class Flat : HardTerm<Exchange> {
 
     __device__ Sums packed() const {
       Sums sums;
-      sums.lead_frame = sums.other_frame = 0;
-      sums.hard_frame = hard_max;
+      sums.lead_offset = sums.other_offset = 0;
+      sums.hard_offset = hard_max;
       sums.lead = apart;
       sums.cross = students;
       sums.other = count;
@@ -158,7 +158,7 @@ class Flat : HardTerm<Exchange> {
       return sums;
     }
     __device__ static First of(const Sums& s) {
-      return {s.hard_frame, s.lead, s.cross, s.other, s.forbidden};
+      return {s.hard_offset, s.lead, s.cross, s.other, s.forbidden};
     }
   };
   __device__ First sum_differences() {
@@ -170,7 +170,7 @@ class Flat : HardTerm<Exchange> {
         hard_max = fmaxf(hard_max, student[j]);
         if (this->loses_nan(student[j], teacher[j])) few = kNaN;
       }
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const float z = student[j], v = teacher[j] * unit_;
@@ -204,7 +204,7 @@ class Flat : HardTerm<Exchange> {
 
     __device__ Sums packed() const {
       Sums sums;
-      sums.lead_frame = sums.other_frame = sums.hard_frame = 0;
+      sums.lead_offset = sums.other_offset = sums.hard_offset = 0;
       sums.lead = off;
       sums.other = divergence;
       sums.cross = from_student;
@@ -220,7 +220,7 @@ class Flat : HardTerm<Exchange> {
     float sum = 0, divergences = 0, from_student = 0, hard = 0;
     each_step([&](int step, float* student, float* teacher) {
       if (row_.has_hard()) hard += this->sum_hard(step, student);
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
       float few = 0, few_divergences = 0, few_from_student = 0;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -246,7 +246,7 @@ class Flat : HardTerm<Exchange> {
       float values[kPerLane] = {};
       if (row_.hard_weight() != 0) this->add_hard(step, student, hard, values);
       if (row_.soft_weight() != 0) {
-        take_part(step, student, teacher);
+        only_kept(step, student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           if (!is_there(student[j], teacher[j])) continue;

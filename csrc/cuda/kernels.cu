@@ -21,12 +21,12 @@ __device__ FASTKD_NOINLINE bool flat(const DenseRows& call, Exchange exchange, R
   Row<Exchange> row(call, exchange, shared);
   return Flat<Exchange>(row).run();
 }
-template <class Exchange, Mode kMode>
+template <class Exchange, Divergence kDivergence>
 __device__ FASTKD_NOINLINE void careful(const DenseRows& call, Exchange exchange,
                                         RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
-  if (row.matches_logits() && flat(call, exchange, shared)) return;
-  Careful<Exchange, kMode>(row).run();
+  if (row.is_flat() && flat(call, exchange, shared)) return;
+  Careful<Exchange, kDivergence>(row).run();
 }
 
 // Whether the GPU has what the exchange needs.
@@ -59,7 +59,7 @@ __device__ __forceinline__ void run_row(const DenseRows& call, const Plan& plan,
   exchange.end();
 }
 
-template <class Exchange, Mode kMode>
+template <class Exchange, Divergence kDivergence>
 __global__ void __launch_bounds__(kMaxThreads)
     dense_rows_kernel(const __grid_constant__ DenseRows call, const __grid_constant__ Plan plan,
                       unsigned* workspace) {
@@ -67,19 +67,19 @@ __global__ void __launch_bounds__(kMaxThreads)
     auto& shared = shared_memory<Shared<Exchange>>();
     run_row(call, plan, workspace, shared, [&](Row<Exchange>& row, Exchange& exchange) {
       bool done = false;
-      if (row.longest() <= warps() * Exchange::kVectors && !row.matches_logits()) {
-        done = Fast<Exchange, kMode>(row).run();
+      if (row.longest() <= warps() * Exchange::kVectors && !row.is_flat()) {
+        done = Fast<Exchange, kDivergence>(row).run();
       } else {
         exchange.ready();
       }
-      if (!done) careful<Exchange, kMode>(call, exchange, shared.row);
+      if (!done) careful<Exchange, kDivergence>(call, exchange, shared.row);
     });
   }
 }
 
 template <class Exchange>
-__device__ FASTKD_NOINLINE void reread(const DenseRows& call, const SparseTeacher& teacher,
-                                       Exchange exchange, RowShared& shared) {
+__device__ FASTKD_NOINLINE void careful(const DenseRows& call, const SparseTeacher& teacher,
+                                        Exchange exchange, RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
   SparseRow<Exchange, false>(row, teacher).run();
 }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         SparseRow<Exchange, true>(row, teacher).run();
       } else {
         exchange.ready();
-        reread<Exchange>(call, teacher, exchange, shared.row);
+        careful<Exchange>(call, teacher, exchange, shared.row);
       }
     });
   }
@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Exchange>
-Kernels kernels(Mode divergence) {
+Kernels kernels(Divergence divergence) {
   static_assert(sizeof(Shared<Exchange>) <= 48 << 10);  // what needs no leave of the driver
-  return {divergence == Mode::kForward   ? dense_rows_kernel<Exchange, Mode::kForward>
-          : divergence == Mode::kReverse ? dense_rows_kernel<Exchange, Mode::kReverse>
-                                         : dense_rows_kernel<Exchange, Mode::kMixture>,
+  return {divergence == Divergence::kForward   ? dense_rows_kernel<Exchange, Divergence::kForward>
+          : divergence == Divergence::kReverse ? dense_rows_kernel<Exchange, Divergence::kReverse>
+                                               : dense_rows_kernel<Exchange, Divergence::kMixture>,
           sparse_rows_kernel<Exchange>, sizeof(Shared<Exchange>)};
 }
 
 }  // namespace
 
-Kernels kernels(bool clusters, Mode divergence) {
+Kernels kernels(bool clusters, Divergence divergence) {
   return clusters ? kernels<Cluster>(divergence) : kernels<Tickets>(divergence);
 }
 

@@ -22,7 +22,7 @@ struct Kernels {
   void (*sparse_rows)(DenseRows, SparseTeacher, Plan, unsigned* workspace);
   size_t shared_bytes;
 };
-Kernels kernels(bool clusters, Mode divergence);
+Kernels kernels(bool clusters, Divergence divergence);
 
 // One warp has so many steps of a row, which is in `parts` of them.
 constexpr int kStepsPerWarp = 4;

@@ -56,7 +56,8 @@ Device ask(int device) {
     error = cudaFuncSetAttribute(clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   };
   Kernels clusters;
-  for (const Mode divergence : {Mode::kForward, Mode::kMixture, Mode::kReverse}) {
+  for (const Divergence divergence :
+       {Divergence::kForward, Divergence::kMixture, Divergence::kReverse}) {
     const Kernels tickets = kernels(false, divergence);
     clusters = kernels(true, divergence);
     prepare(tickets.dense_rows, tickets.shared_bytes, clusters.dense_rows);

@@ -85,8 +85,8 @@ __device__ inline float far_divergence(float a, float b) {
   const auto share = [](float log_mass, float log_ratio) {
     return log_mass == -kInf ? 0.0f : log_ratio == kInf ? kInf : expf(log_mass) * log_ratio;
   };
-  const float log_p = log_logistic(a), log_rest = log_logistic(-a);
-  return share(log_p, log_p - log_logistic(b)) + share(log_rest, log_rest - log_logistic(-b));
+  const float log_p = log_logistic(a), log_other = log_logistic(-a);
+  return share(log_p, log_p - log_logistic(b)) + share(log_other, log_other - log_logistic(-b));
 }
 
 // p and q are the logistic functions of the odds, which are `gap` apart; no digit is lost where

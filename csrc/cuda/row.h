@@ -21,7 +21,7 @@ struct RowArguments {
   bool has_tail;   // a hard term, and classes from vocab on, which the student has alone
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
-  bool matches_logits;  // T is large: the soft term is that of flat.h, where logits are not
+  bool is_flat;  // T is large: the soft term is that of flat.h, where logits are not
   // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
   // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
   int power;
@@ -32,7 +32,7 @@ struct RowArguments {
 };
 
 // 1 / T of rows that are left to flat.h: from there on it is the more exact one.
-constexpr float kMatchesLogits = 1e-3f;
+constexpr float kFlatInverse = 1e-3f;
 
 // Where part `rank` of `size` begins.
 __device__ __forceinline__ int share(int all, int rank, int size) {
@@ -76,8 +76,8 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   if (a.has_tail) a.longest = 1 << 30;
   a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && a.keep < vocab;
-  a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse <= kMatchesLogits &&
-                     a.student_inverse == vector(call.teacher_inv_temperature);
+  a.is_flat = a.has_soft && !a.decoupled && a.student_inverse <= kFlatInverse &&
+              a.student_inverse == vector(call.teacher_inv_temperature);
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
     const bool same = a.has_hard && a.has_soft && !a.has_tail && !a.pruned && !a.decoupled &&
@@ -88,11 +88,11 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
 }
 
 // Of a row with a sparse teacher; see sparse.h.
-struct TopkShared {
-  float teacher_frame, student_frame;  // in which both sides' sums are about 1
-  Pair others;                         // all classes outside, of a bucket
+struct SparseShared {
+  float teacher_offset, student_offset;  // in which both sides' sums are about 1
+  Pair outside;                          // all classes outside, of a bucket
   bool valid, forbidden;
-  float frame, sum;  // of the student's exponentials at T = 1 over all classes
+  float offset, sum;  // of the student's exponentials at T = 1 over all classes
   Combination gradient;
   float lead, other;  // the second sums
   bool near;          // q is over all classes, most of it in those that the teacher names
@@ -102,10 +102,10 @@ struct RowShared {
   RowArguments arguments;
   Sums warps[kMaxWarps];
   Sums total;
-  Divergence divergence;
+  SoftTerm divergence;
   Binary target;          // of a decoupled row
   float target_at_label;  // the gradient there
-  TopkShared topk;
+  SparseShared sparse;
   SelectShared select;
 };
 
@@ -133,7 +133,7 @@ class Row {
   __device__ bool has_tail() const { return fresh(a.has_tail); }
   __device__ bool decoupled() const { return fresh(a.decoupled); }
   __device__ bool pruned() const { return fresh(a.pruned); }
-  __device__ bool matches_logits() const { return fresh(a.matches_logits); }
+  __device__ bool is_flat() const { return fresh(a.is_flat); }
   __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
   __device__ View teacher() const { return View::again(a.teacher); }
@@ -187,9 +187,9 @@ class Row {
   }
 
   // Whether nothing but NaN can be said of the gradient.
-  template <Mode kMode>
+  template <Divergence kDivergence>
   __device__ bool is_lost(float soft, float hard) const {
-    const bool infinite = kMode == Mode::kReverse && soft == kInf;
+    const bool infinite = kDivergence == Divergence::kReverse && soft == kInf;
     return ((soft_weight() != 0 || target_weight() != 0) && (soft != soft || infinite)) ||
            (hard_weight() != 0 && hard != hard);
   }
@@ -237,12 +237,12 @@ class Row {
   }
   // Where a lane has the label of a decoupled row among its 8 columns of a step, or a number
   // outside.
-  __device__ int left_out(int step) const {
+  __device__ int apart_index(int step) const {
     return decoupled() && label() / kStep == step ? student().index(step, label()) : -1;
   }
 
-  // Sums over the row of what each warp has, in the frames of the row's maxima; in shared memory,
-  // until the next call. `finish(sums)` runs on them once.
+  // Sums over the row of what each warp has, moved to the row's offsets, the largest of the warps';
+  // they stay in shared memory until the next call. `finish(sums)` runs on them once.
   template <class Finish>
   __device__ const Sums& total(const Sums& warp_sums, const Finish& finish) {
     if (lane() == 0) shared.warps[warp()] = warp_sums;
@@ -266,10 +266,10 @@ class Row {
     return Named::of(total(mine.packed(), [](Sums&) {}));
   }
 
-  // -log softmax(student)[label], from a sum of 2^(logit scale - frame) to the power.
-  __device__ float hard_term(float sum, float frame, float scale, float logit, int power) const {
+  // -log softmax(student)[label], from a sum of 2^(logit scale - offset) to the power.
+  __device__ float hard_term(float sum, float offset, float scale, float logit, int power) const {
     if (!(sum > 0)) return kNaN;
-    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -frame) * kLn2;
+    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -offset) * kLn2;
   }
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.

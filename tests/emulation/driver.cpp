@@ -16,8 +16,8 @@
 namespace {
 
 using fastkd::DenseRows;
+using fastkd::Divergence;
 using fastkd::DType;
-using fastkd::Mode;
 using fastkd::Rows;
 using fastkd::SparseRows;
 
@@ -42,7 +42,7 @@ enum class Terms {
 
 struct Case {
   DType student = DType::kFloat, teacher = DType::kFloat;
-  Mode divergence = Mode::kForward;
+  Divergence divergence = Divergence::kForward;
   Terms terms = Terms::kSoft;
   int64_t V = 1500, keep = 0;         // 0: of no row; else so many, and all of every third row
   int64_t N = kN;                     // rows, of those that the tensors have
@@ -122,8 +122,8 @@ SparseRows sparse(const DenseRows& rows, const Case& c) {
   call.dstudent = rows.dstudent;
   call.ids = ids.data();
   call.log_probs = log_probs.data();
-  if (c.divergence == Mode::kForward) call.log_rest = log_rest.data();
-  call.restricted = c.divergence == Mode::kReverse;
+  if (c.divergence == Divergence::kForward) call.log_rest = log_rest.data();
+  call.restricted = c.divergence == Divergence::kReverse;
   call.labels = rows.labels;
   call.student_inv_temperature = rows.student_inv_temperature;
   call.teacher_inv_temperature = rows.teacher_inv_temperature;
@@ -175,7 +175,7 @@ void run(const Case& c) {
   call.vocab_size = c.V;
   call.divergence = c.divergence;
   if (c.keep != 0) call.keep = keep.data();
-  if (c.divergence == Mode::kMixture) call.beta = beta.data();
+  if (c.divergence == Divergence::kMixture) call.beta = beta.data();
   if (c.terms == Terms::kDecoupled) {
     call.target_weight = weight.data();
     call.target = target.data();
@@ -211,9 +211,10 @@ void run_all() {
   const int64_t lengths[] = {1500, 9, 513, 1024, 2300};
   int index = 0;
   for (const auto& [student, teacher] : dtypes) {
-    for (const Mode divergence : {Mode::kForward, Mode::kReverse, Mode::kMixture}) {
+    for (const Divergence divergence :
+         {Divergence::kForward, Divergence::kReverse, Divergence::kMixture}) {
       for (int terms = 0; terms < static_cast<int>(Terms::kEnd); ++terms, ++index) {
-        if (static_cast<Terms>(terms) == Terms::kDecoupled && divergence != Mode::kForward)
+        if (static_cast<Terms>(terms) == Terms::kDecoupled && divergence != Divergence::kForward)
           continue;
         Case c{student, teacher, divergence, static_cast<Terms>(terms), lengths[index % 5]};
         c.keep = c.terms == Terms::kPruned ? c.V / 4 : 0;
@@ -236,14 +237,14 @@ void run_large() {
     const fastkd::cuda::Plan plan = fastkd::cuda::plan(call);
     std::printf("V %d: %s of %d CTAs of %d threads\n", static_cast<int>(V),
                 plan.cluster ? "clusters" : "tickets", plan.parts, plan.threads);
-    Case c{DType::kBFloat16, DType::kBFloat16, Mode::kForward, Terms::kOwn, V};
+    Case c{DType::kBFloat16, DType::kBFloat16, Divergence::kForward, Terms::kOwn, V};
     c.N = call.N;
     run(c);
     c.terms = Terms::kPruned, c.keep = V / 4, c.inplace = true;
     run(c);
     c.terms = Terms::kSparse, c.keep = 0;
     run(c);
-    c.terms = Terms::kShared, c.divergence = Mode::kMixture;
+    c.terms = Terms::kShared, c.divergence = Divergence::kMixture;
     run(c);
   }
 }
@@ -271,8 +272,8 @@ int main(int count, char** arguments) {
     return 0;
   }
   run({.terms = Terms::kShared});
-  run({.divergence = Mode::kReverse, .terms = Terms::kPruned, .keep = 400});
-  run({.divergence = Mode::kMixture, .terms = Terms::kPower});
+  run({.divergence = Divergence::kReverse, .terms = Terms::kPruned, .keep = 400});
+  run({.divergence = Divergence::kMixture, .terms = Terms::kPower});
   run({.terms = Terms::kDecoupled});
   run({.terms = Terms::kLimit});
   run({.terms = Terms::kSparse});
