@@ -17,8 +17,8 @@ class HardTerm : protected StoredClasses<Exchange> {
 
   __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
 
-  // All classes but the label, whose gradient is less theirs: softmax less 1 would lose what is
-  // small beside 1.
+  // All classes but the label, whose gradient is minus the sum of theirs: softmax less 1 would lose
+  // what is small beside 1.
   __device__ float sum_hard(int step, const float* student) const {
     const int label = label_index(step);
     float sum = 0;
@@ -28,7 +28,7 @@ class HardTerm : protected StoredClasses<Exchange> {
     }
     return sum;
   }
-  // With the label.
+  // The sum with the label, from that of all classes besides.
   __device__ float hard_sum(float besides, float label) const {
     return besides + exponential(label - hard_offset_);
   }
@@ -44,7 +44,7 @@ class HardTerm : protected StoredClasses<Exchange> {
     return row_.label() / kStep == step ? row_.student().index(step, row_.label()) : -1;
   }
 
-  // The same over the tail.
+  // The same three over the tail.
   __device__ void find_maximum_of_tail(float& max) const {
     if (row_.has_tail()) each_of_tail(row_, [&](int, float logit) { max = fmaxf(max, logit); });
   }
@@ -210,7 +210,7 @@ class Careful : HardTerm<Exchange> {
   __device__ bool place_offsets(const Sums& sums, const SoftTerm& soft) {
     const float least = 1 / (1 + sure_besides(row_.vocab()));
     const float beside = (beside_ - other_offset_) * other_inverse();
-    const float share = exponential(beside) / sums.other;  // of the other side, of that class
+    const float share = exponential(beside) / sums.other;  // that class's, of the other side
     const bool sure = 1 / sums.lead > least && (kStudentLeads || share > least);
     const bool wanted =
         sure || kDivergence == Divergence::kMixture || !soft.exact || soft.value < kNear;
@@ -372,8 +372,8 @@ class Careful : HardTerm<Exchange> {
   float lost_ = 0;    // NaN where a pruned row has one: it is added to the sums
   float per_lead_ = 0, per_other_ = 0;
   Combination difference_;                 // other - lead, as probabilities
-  float mean_ = 0;                         // of x, or of the mixture's log_q, under q
-  float share_of_p_ = 0, share_of_q_ = 0;  // of a class in m, whose logits are the offsets
+  float mean_ = 0;                         // the mean under q of x, or of the mixture's log_q
+  float share_of_p_ = 0, share_of_q_ = 0;  // in m, of a class whose logits are the offsets
 };
 
 }  // namespace fastkd::cuda

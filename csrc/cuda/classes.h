@@ -1,6 +1,6 @@
 // The classes of a row that take part in its soft term, the kept ones: all, or those that pruning
-// leaves; without the label where it has a term of its own. Twice: of a slice that is read again
-// for each step, and of one in registers.
+// leaves; without the label where it has a term of its own. StoredClasses is for slices that are
+// read again for each step, HeldClasses for those in registers.
 #pragma once
 #include "held.h"
 
@@ -28,8 +28,8 @@ class StoredClasses {
     }
   }
 
-  // The logits of the classes that take part, of probabilities in units of ln 2; the others, pruned
-  // or the label set apart, are at -inf on both sides.
+  // Leaves the logits of the kept classes, from probabilities in units of ln 2. All others, pruned
+  // or the label set apart, come out at -inf on both sides.
   __device__ void only_kept(int step, float* student, float* teacher) const {
     if (row_.pruned()) {
 #pragma unroll
@@ -59,7 +59,7 @@ class StoredClasses {
   Row<Exchange>& row_;
 
  private:
-  // A function by itself: there is one for all cores.
+  // Not inlined: one function serves all cores.
   static __device__ FASTKD_NOINLINE float threshold(const DenseRows& call, Exchange exchange,
                                                     RowShared& shared) {
     Row<Exchange> row(call, exchange, shared);
@@ -109,7 +109,7 @@ class HeldClasses : protected HeldSlice<Exchange, true> {
     if (nan) student_[0][0] = teacher_[0][0] = kNaN;
   }
 
-  // Of probabilities, the logits in units of ln 2: NaN where one is negative.
+  // Turns probabilities into logits in units of ln 2: NaN where one is negative.
   __device__ __forceinline__ void take_logarithms() {
     each([&](int i) {
 #pragma unroll
@@ -117,7 +117,8 @@ class HeldClasses : protected HeldSlice<Exchange, true> {
     });
   }
 
-  // By the warp that has it, where the label has a term of its own; but a NaN stays.
+  // Takes the label out of both sides where it has a term of its own: by the warp that has it. A
+  // NaN stays, for it has to show in the sums.
   __device__ __forceinline__ void set_label_apart() {
     if (!row_.decoupled()) return;
     const int of_label = row_.label() / kStep;

@@ -22,7 +22,7 @@
 
 namespace fastkd::cuda {
 
-constexpr int kBins = 2048;  // of a histogram, see select.h
+constexpr int kBins = 2048;  // a histogram's, see select.h
 
 __device__ __forceinline__ uint4 vector_of(const Sums& sums, int i) {
   uint4 vector;

@@ -58,7 +58,7 @@ class Fast : HeldClasses<Exchange> {
       from_student = mixed.from_student;
       const float beta = row_.beta();
       soft.value = beta * mixed.from_teacher + (1 - beta) * mixed.from_student;
-      const float limit = -log1pf(-beta);  // of ln(q / m), where p is nothing
+      const float limit = -log1pf(-beta);  // what ln(q / m) is where p is nothing
       const bool apart = (limit - from_student) * 4 < limit;
       const bool near = soft.value < kNear * beta * (1 - beta);
       if (has_soft_gradient() && (apart || near)) return false;
@@ -71,7 +71,7 @@ class Fast : HeldClasses<Exchange> {
       find_factors(sums, soft, lead, other, from_student);
       float per_hard = scale(sums_.hard_offset, sums.hard_offset, sums.hard, row_.power());
       if (kDivergence == Divergence::kMixture && row_.power() > 1) {
-        // What is kept there is q: times its sum, the exponentials in the row's offset.
+        // mix() has left q there: times the sum, it is the exponential at the row's offset.
         from_q_ = sums.other;
         per_hard = 1 / sums.hard;
       }
@@ -222,7 +222,7 @@ class Fast : HeldClasses<Exchange> {
     return row_.total_of(MixtureSums{warp_sum(from_teacher), warp_sum(from_student)});
   }
 
-  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q -
+  // The gradient of a class is student a + teacher b, of what was saved of the class: forward q -
   // p; reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight,
   // and the hard weight times q besides.
   __device__ __forceinline__ void find_factors(const Sums& sums, const SoftTerm& soft, float lead,
@@ -257,7 +257,7 @@ class Fast : HeldClasses<Exchange> {
     }
   }
 
-  // Of the soft term, and of a hard term that shares its exponentials.
+  // The gradient of the soft term, and of a hard term that shares its exponentials.
   __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
                                                 float hard, float* gradient) const {
     if (!row_.has_soft()) return;
@@ -277,8 +277,8 @@ class Fast : HeldClasses<Exchange> {
       gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
     }
   }
-  // Of a hard term with exponentials of its own. Their logits are in L2 since a moment ago; no
-  // other thread has written over them.
+  // Adds that of a hard term with exponentials of its own. Their logits are in L2 since a moment
+  // ago; no other thread has written over them.
   __device__ __forceinline__ void add_hard(int step, float hard, float* gradient) const {
     float logits[kPerLane];
     unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
@@ -325,9 +325,9 @@ class Fast : HeldClasses<Exchange> {
   }
 
   static constexpr float kHuge = 3e38f;
-  static constexpr float kSureLabel = 0.28f;  // of the hard term: q > 3/4 there
+  static constexpr float kSureLabel = 0.28f;  // a hard term below: q > 3/4 at the label
 
-  Sums sums_;  // of this warp
+  Sums sums_;  // this warp's
   Combination forward_;
   float a_ = 0, b_ = 0;
   float from_q_ = 0;

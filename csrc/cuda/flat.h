@@ -72,13 +72,13 @@ class Flat : HardTerm<Exchange> {
   using Base = HardTerm<Exchange>;
   using Base::each_step, Base::hard_offset_, Base::row_, Base::only_kept;
 
-  // Of |logit| / T, where the series still hold.
+  // The largest |logit| / T at which the series still hold.
   static constexpr float kFlat = 1.0f / 16;
 
   __device__ static bool is_nan(float x) { return x != x; }
   __device__ bool is(Divergence divergence) const { return row_.call.divergence == divergence; }
 
-  // Of the divergence at equal logits, beside that of KL.
+  // The divergence's second derivative at equal logits, as a multiple of KL's.
   __device__ float curvature() const { return is(Divergence::kMixture) ? beta_ * (1 - beta_) : 1; }
 
   __device__ static bool is_there(float student, float teacher) {
@@ -92,7 +92,7 @@ class Flat : HardTerm<Exchange> {
   __device__ float bend(float x) const { return x * (x * inverse_) * phi_series(-x * inverse_); }
   __device__ float square(float x) const { return x * x * phi_series(-x * inverse_); }
 
-  // Of one class that is there; p and q times K.
+  // A class that is there: p and q times K, and u and w as above.
   struct Class {
     float p, q, u, w;
   };
@@ -102,7 +102,7 @@ class Flat : HardTerm<Exchange> {
     return {p, fmaf(inverse_ * w, p, p), u, w};
   }
 
-  // Of the mixture m, of which p is 1 - (1 - beta) y / T and q is 1 + beta y / T.
+  // The mixture m: p is m times 1 - (1 - beta) y / T, and q is m times 1 + beta y / T.
   struct Mixture {
     float m, y;
   };
@@ -126,7 +126,7 @@ class Flat : HardTerm<Exchange> {
     return sum;
   }
 
-  // What a class adds to T^2 D, but for the curvature.
+  // What a class adds to T^2 times the divergence, but for the curvature.
   __device__ float divergence(const Class& c) const {
     if (is(Divergence::kForward)) return c.p * square(c.u);
     if (is(Divergence::kReverse)) return c.q * square(-c.u);
@@ -141,7 +141,7 @@ class Flat : HardTerm<Exchange> {
 
   // What the first pass finds; see MixtureSums.
   struct First {
-    float hard_max;  // of the student's logits in all classes
+    float hard_max;  // the student's largest logit in all classes
     float apart;     // sum z - v, or T (exp(z / T) - exp(v / T)) where T is finite
     float students;  // sum T expm1(z / T)
     float count;     // classes that are there
@@ -258,8 +258,8 @@ class Flat : HardTerm<Exchange> {
     });
   }
 
-  static constexpr int kTerms = 12;  // of a series, |x| < 0.29
-  const float unit_;                 // of the teacher's logits
+  static constexpr int kTerms = 12;  // each series has so many, for |x| < 0.29
+  const float unit_;                 // what the teacher's logits are multiples of
   const float inverse_, beta_;
   float mean_ = 0, mean_error_ = 0, per_p_ = 1, from_student_ = 0;
 };

@@ -14,8 +14,8 @@ struct Shared {
   RowShared row;
 };
 
-// Apart from the kernel's body, and from each other: their code and their registers would be in the
-// way of more usual rows.
+// Rare rows, by functions apart from the kernel's body and from each other: their code and their
+// registers would be in the way of more usual rows.
 template <class Exchange>
 __device__ FASTKD_NOINLINE bool flat(const DenseRows& call, Exchange exchange, RowShared& shared) {
   Row<Exchange> row(call, exchange, shared);
@@ -84,7 +84,7 @@ __device__ FASTKD_NOINLINE void careful(const DenseRows& call, const SparseTeach
   SparseRow<Exchange, false>(row, teacher).run();
 }
 
-// One CTA at least: left to itself the compiler takes 64 registers, and spills a few.
+// The bounds name one CTA: left to itself the compiler takes 64 registers, and spills a few.
 template <class Exchange>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     sparse_rows_kernel(const __grid_constant__ DenseRows call,
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Exchange>
 Kernels kernels(Divergence divergence) {
-  static_assert(sizeof(Shared<Exchange>) <= 48 << 10);  // what needs no leave of the driver
+  static_assert(sizeof(Shared<Exchange>) <= 48 << 10);  // more than 48 KB has to be asked for
   return {divergence == Divergence::kForward   ? dense_rows_kernel<Exchange, Divergence::kForward>
           : divergence == Divergence::kReverse ? dense_rows_kernel<Exchange, Divergence::kReverse>
                                                : dense_rows_kernel<Exchange, Divergence::kMixture>,

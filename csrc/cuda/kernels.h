@@ -1,4 +1,5 @@
-// What kernels.cu has to launch. Pointers: a kernel template has no name outside of its own file.
+// The kernels of kernels.cu as launch.cu sees them: by pointers, for nvcc gives the host's half of
+// a kernel template no name outside of its own file.
 #pragma once
 #include <cstddef>
 
@@ -24,7 +25,7 @@ struct Kernels {
 };
 Kernels kernels(bool clusters, Divergence divergence);
 
-// One warp has so many steps of a row, which is in `parts` of them.
+// scale_rows() takes a row in `parts` of this many steps, 1024 columns: each is one warp's work.
 constexpr int kStepsPerWarp = 4;
 using ScaleRowsKernel = void (*)(ScaleRows, unsigned parts);
 ScaleRowsKernel scaling_kernel();

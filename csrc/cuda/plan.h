@@ -15,7 +15,7 @@ constexpr int cluster_vectors(int major) {
   return major < 10 ? kClusterVectors : kLaterClusterVectors;
 }
 constexpr int kTicketVectors = 3;
-constexpr int kThreads = 256;     // of a CTA, mostly
+constexpr int kThreads = 256;     // a CTA has, mostly
 constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multiprocessor has
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
@@ -25,14 +25,14 @@ struct Plan {
   const char* error = nullptr;
   bool cluster = false;  // a row's CTAs form a cluster; else they meet in global memory, by tickets
   int parts = 1;         // CTAs of a row
-  int threads = kThreads;  // of a CTA
+  int threads = kThreads;  // a CTA has
   int slots = 0;           // tickets: rows that have buffers in global memory at one time
 };
 
 // What the plan asks about a GPU.
 struct Device {
   const char* error = nullptr;
-  int vectors = kClusterVectors;  // of a thread of a cluster
+  int vectors = kClusterVectors;  // a thread of a cluster holds
   int places = 0;                 // CTAs of the ticket kernels that run at one time
   // Clusters that run at one time, by their CTAs, of kThreads and of kMaxThreads; 0: none can.
   int active[2][kMaxCluster + 1] = {};
@@ -44,7 +44,7 @@ struct Limits {
   int cluster = kMaxCluster;  // CTAs; 0: no clusters
   int tickets = kMaxTickets;  // CTAs of a row without a cluster; 0: always clusters
   int threads = kMaxThreads;
-  int steps = 1 << 10;  // of a slice: 256 columns each
+  int steps = 1 << 10;  // a slice has, 256 columns each
 };
 void set_limits(const Limits& limits);
 
@@ -77,7 +77,7 @@ inline int64_t row_time(int64_t steps, int pair_bytes, int parts, int threads) {
 // memory.
 inline Plan choose(int64_t N, int64_t vocab_size, int pair_bytes, const Device& device,
                    const Limits& limits) {
-  constexpr int kColumns = 256;  // of a step
+  constexpr int kColumns = 256;  // a step has
   Plan plan;
   plan.error = device.error;
   if (plan.error != nullptr) return plan;
@@ -121,7 +121,7 @@ inline Plan choose(int64_t N, int64_t vocab_size, int pair_bytes, const Device& 
   return plan;
 }
 
-// Of a call on the current device.
+// The plan of a call on the current device.
 Plan plan(const DenseRows& call);
 
 }  // namespace fastkd::cuda

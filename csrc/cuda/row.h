@@ -11,19 +11,20 @@ struct RowArguments {
   View student, teacher, dstudent;
   float soft_weight, hard_weight, target_weight, student_inverse;
   float teacher_inverse;  // times ln 2 where the teacher's logits are log2 of its probabilities
-  float at_label;  // what the gradient there has besides: of the hard term, of the label set apart
-  float beta;      // of a mixture
+  float at_label;  // what the gradient has at the label alone, of the hard term and of its own term
+  float beta;      // the teacher's share of a mixture
   int vocab, keep;
   int begin, end;  // the slice of this CTA, in steps
-  int longest;     // slice of the row; with a tail, more than the registers of any CTA hold
+  int longest;     // slice of the row, in steps; with a tail, more than any registers hold
   int label;       // -1: no class
   bool has_soft, has_hard;
   bool has_tail;   // a hard term, and classes from vocab on, which the student has alone
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
   bool is_flat;  // T is large: the soft term is that of flat.h, where logits are not
-  // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
-  // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
+  // exp(z) = exp(z / T)^T: for a student's T of 1 to 4 the hard term takes this power of the soft
+  // term's exponentials, and has none of its own. 0: it has, for T is another, or not the same
+  // classes are in both terms.
   int power;
 
   __device__ bool is_skipped() const {
@@ -31,7 +32,7 @@ struct RowArguments {
   }
 };
 
-// 1 / T of rows that are left to flat.h: from there on it is the more exact one.
+// The largest 1 / T of rows that are left to flat.h: from there on it is the more exact one.
 constexpr float kFlatInverse = 1e-3f;
 
 // Where part `rank` of `size` begins.
@@ -87,12 +88,12 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   return a;
 }
 
-// Of a row with a sparse teacher; see sparse.h.
+// What the CTAs' threads share of a row with a sparse teacher; see sparse.h.
 struct SparseShared {
   float teacher_offset, student_offset;  // in which both sides' sums are about 1
   Pair outside;                          // all classes outside, of a bucket
   bool valid, forbidden;
-  float offset, sum;  // of the student's exponentials at T = 1 over all classes
+  float offset, sum;  // the student's exponentials at T = 1 over all classes
   Combination gradient;
   float lead, other;  // the second sums
   bool near;          // q is over all classes, most of it in those that the teacher names
@@ -103,7 +104,7 @@ struct RowShared {
   Sums warps[kMaxWarps];
   Sums total;
   SoftTerm divergence;
-  Binary target;          // of a decoupled row
+  Binary target;          // a decoupled row's term of the label
   float target_at_label;  // the gradient there
   SparseShared sparse;
   SelectShared select;
@@ -151,7 +152,7 @@ class Row {
   __device__ bool is_skipped() const { return a.is_skipped(); }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
-  // And the target term that set_target() found.
+  // The row's terms; that of the label set apart is in shared memory, where set_target() left it.
   __device__ void write_terms(float soft, float hard) const {
     if (exchange.rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(call.soft)[exchange.row()] = has_soft() ? soft : 0.0f;
@@ -159,7 +160,7 @@ class Row {
     if (decoupled()) static_cast<float*>(call.target)[exchange.row()] = shared.target.divergence;
   }
 
-  // A row of which nothing has to be computed.
+  // Writes a row of which nothing has to be computed: 0 everywhere, or NaN.
   __device__ void write_row(float terms, float gradient) {
     if (threadIdx.x == 0) shared.target.divergence = terms;
     write_terms(terms, terms);

@@ -100,7 +100,7 @@ class SparseRow : HeldSlice<Exchange, false> {
     });
     __syncthreads();
   }
-  // Of the lane's 8 columns of a step.
+  // Which of the lane's 8 columns of a step the teacher names, a bit each.
   __device__ unsigned named(int marked, int step) const {
     const View view = row_.student();
     const int first = view.first(step) - marked * kStep,
@@ -167,7 +167,7 @@ class SparseRow : HeldSlice<Exchange, false> {
       (at_one ? sums.hard_offset : sums.other_offset) = offset;
       (at_one ? sums.hard : sums.other) = sum;
     }
-    // In the sum over the teacher's classes, which is part of the soft term alone.
+    // A NaN goes into the sum over the named classes, which is part of the soft term alone.
     sums.lead = warp_sum(nan ? kNaN : 0.0f);
   }
   // The hard term has the same exponentials as the soft one.
@@ -247,7 +247,7 @@ class SparseRow : HeldSlice<Exchange, false> {
     shared_.valid = teacher > 0 && student > 0;
     shared_.teacher_offset = teacher_offset + logf(teacher) * kLog2E;
     shared_.student_offset = student_offset + logf(student) * kLog2E;
-    float apart = 0;  // of what the exponents are made of, where T is the same
+    float apart = 0;  // how far the logits are apart, where T is the same
     if (log_outside > -kInf) {
       apart =
           teacher_.log_rest[row_.exchange.row()] - fmaf(total.hard_offset, kLn2, logf(total.hard));
@@ -372,7 +372,7 @@ class SparseRow : HeldSlice<Exchange, false> {
     });
     return warp_sum(sum);
   }
-  // At T = 1.
+  // The exponentials of all classes but the label, at T = 1.
   __device__ __forceinline__ float sum_besides_label() {
     const float base = offset();
     float sum = 0;
@@ -399,13 +399,13 @@ class SparseRow : HeldSlice<Exchange, false> {
 
   // --- the gradient
 
-  // q - p; exact of a class that is all there is.
+  // q - p, exactly 0 for a class that is all there is.
   __device__ float difference(const Pair& p) const {
     if (p.lead == shared_.lead && p.other == shared_.other) return 0;
     return shared_.gradient(p.difference, p.other, p.lead);
   }
 
-  // Of the classes named, where write_classes() will find it.
+  // Writes the gradient of the named classes, where write_classes() will find it.
   __device__ void write_named() const {
     const float weight = row_.soft_weight() * row_.student_inverse();
     const float hard = row_.hard_weight() == 0 ? 0 : row_.hard_weight() / sum();

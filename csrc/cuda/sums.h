@@ -19,7 +19,7 @@ struct alignas(16) Sums {
   float excess = 0;                       // sum e_lead phi(x)
   float cross = 0;                        // sum e_lead x
   float lead_moved = 0, other_moved = 0;  // see move()
-  float hard = 0;       // of the student's exponentials at T = 1 over all classes, see Row::power()
+  float hard = 0;       // the student's exponentials at T = 1 over all classes, see Row::power()
   float label = 0;      // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
   float label_teacher = 0;  // what the teacher has at the label, as Row::teacher_label()

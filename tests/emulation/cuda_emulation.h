@@ -21,7 +21,7 @@ namespace emulation {
 // In which order fibers run and when asynchronous stores arrive.
 enum class Schedule { kForward, kReverse, kRandom };
 
-// Of all later launches. `places`: how many CTAs run at one time.
+// Sets how all later launches run. `places`: how many CTAs run at one time.
 void configure(Schedule schedule, unsigned seed, int places);
 int places();
 
@@ -32,7 +32,7 @@ unsigned block_size();
 unsigned grid_size();
 unsigned cluster_rank();
 unsigned cluster_size();
-void* shared_memory(unsigned rank);  // of a CTA of the cluster
+void* shared_memory(unsigned rank);  // a CTA of the cluster has it
 size_t shared_bytes();
 
 using Site = std::source_location;

@@ -81,7 +81,7 @@ struct Matrix {
     }
   }
   Rows rows() { return {bytes.data(), dtype, V, kN, 0, stride}; }
-  // Of row r, column i on.
+  // The bytes of row r from column i on.
   std::vector<char> part(int64_t r, int64_t i, int64_t end) const {
     const char* row = bytes.data() + r * stride * size();
     return {row + i * size(), row + end * size()};
