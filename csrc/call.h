@@ -13,7 +13,6 @@ namespace fastkd {
 // Which divergence the soft term is; the numbers are those of fastkd/spec.py. kNone: none, where
 // nothing has to be saved for a gradient.
 enum class Divergence { kNone = -1, kForward, kReverse, kMixture };
-using Mode = Divergence;  // its name in csrc/cuda
 
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 

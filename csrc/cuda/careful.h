@@ -1,15 +1,75 @@
 // The core of every row: slices of any length, read again for each step, and exact for infinities
 // and for sums that cancel. It serves the rows that fast.h passes over.
 #pragma once
-#include "careful_slice.h"
+#include "classes.h"
+#include "tail.h"
 
 namespace fastkd::cuda {
 
-template <class Exchange, Mode kMode>
-class Reread : RereadSlice<Exchange> {
+// The hard term with exponentials of its own, less the row's maximum.
+template <class Exchange>
+class HardTerm : protected StoredClasses<Exchange> {
+ protected:
+  using Base = StoredClasses<Exchange>;
+  using Base::row_;
+
+  __device__ explicit HardTerm(Row<Exchange>& row) : Base(row) {}
+
+  __device__ static float exponential(float y) { return exp2_approx(y * kLog2E); }
+
+  // All classes but the label, whose gradient is minus the sum of theirs: softmax less 1 would lose
+  // what is small beside 1.
+  __device__ float sum_hard(int step, const float* student) const {
+    const int label = label_index(step);
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      sum += j == label ? 0.0f : exponential(student[j] - hard_offset_);
+    }
+    return sum;
+  }
+  // The sum with the label, from that of all classes besides.
+  __device__ float hard_sum(float besides, float label) const {
+    return besides + exponential(label - hard_offset_);
+  }
+  __device__ void add_hard(int step, const float* student, float factor, float* gradient) const {
+    const int label = label_index(step);
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const float e = j == label ? 0.0f : exponential(student[j] - hard_offset_);
+      gradient[j] = fmaf(e, factor, gradient[j]);
+    }
+  }
+  __device__ int label_index(int step) const {
+    return row_.label() / kStep == step ? row_.student().index(step, row_.label()) : -1;
+  }
+
+  // The same three over the tail.
+  __device__ void find_maximum_of_tail(float& max) const {
+    if (row_.has_tail()) each_of_tail(row_, [&](int, float logit) { max = fmaxf(max, logit); });
+  }
+  __device__ float sum_tail() const {
+    float sum = 0;
+    if (row_.has_tail()) {
+      each_of_tail(row_, [&](int column, float logit) {
+        sum += column == row_.label() ? 0.0f : exponential(logit - hard_offset_);
+      });
+    }
+    return sum;
+  }
+  __device__ void write_tail(float hard_sum) const {
+    cuda::write_tail(row_, 1 / hard_sum, row_.at_label(),
+                     [&](float logit) { return exponential(logit - hard_offset_); });
+  }
+
+  float hard_offset_ = 0;
+};
+
+template <class Exchange, Divergence kDivergence>
+class Careful : HardTerm<Exchange> {
  public:
-  __device__ explicit Reread(Row<Exchange>& row)
-      : RereadSlice<Exchange>(row),
+  __device__ explicit Careful(Row<Exchange>& row)
+      : HardTerm<Exchange>(row),
         student_inverse_(row.student_inverse()),
         teacher_inverse_(row.teacher_inverse()),
         beta_(row.beta()) {}
@@ -17,10 +77,10 @@ class Reread : RereadSlice<Exchange> {
   __device__ void run() {
     this->prune();
     find_maxima();
-    Divergence soft{0, 0, 0, true};
+    SoftTerm soft{0, 0, 0, true};
     Sums sums = sum(soft);
     if (row_.has_soft() && sums.lead > 0 && sums.other > 0 && soft.log_ratio < kInf &&
-        soft.log_ratio > -kInf && place_frames(sums, soft)) {
+        soft.log_ratio > -kInf && place_offsets(sums, soft)) {
       sums = sum(soft);
     }
     const float teacher_sum = kStudentLeads ? sums.other : sums.lead;
@@ -47,37 +107,37 @@ class Reread : RereadSlice<Exchange> {
       value = teacher_sum == 0 ? 0 : kInf;
     } else if (!mass) {
       value = kNaN;
-    } else if (kMode == Mode::kMixture) {
+    } else if (kDivergence == Divergence::kMixture) {
       const float odds = beta_ * (sums.lead / sums.other);
-      share_ = odds < kInf ? odds / (odds + (1 - beta_)) : 1;
-      rest_ = (1 - beta_) / (odds + (1 - beta_));
-      const Sums mixed = mix();
-      mean_ = mixed.cross;
-      value = beta_ * mixed.lead + (1 - beta_) * mixed.other;
+      share_of_p_ = odds < kInf ? odds / (odds + (1 - beta_)) : 1;
+      share_of_q_ = (1 - beta_) / (odds + (1 - beta_));
+      const MixtureSums mixed = mix();
+      mean_ = mixed.log_q;
+      value = beta_ * mixed.from_teacher + (1 - beta_) * mixed.from_student;
     } else if (sums.forbidden > 0) {
       value = kInf;
     }
     float hard = 0;
     if (row_.has_hard()) {
-      const float sum = this->hard_sum(sums);
-      hard = sum > 0 ? logf(sum) + (hard_frame_ - sums.label) : kNaN;
+      const float sum = this->hard_sum(sums.hard, sums.label);
+      hard = sum > 0 ? logf(sum) + (hard_offset_ - sums.label) : kNaN;
     }
     if (is_nan(value) && threadIdx.x == 0) row_.shared.target.divergence = kNaN;
     row_.write_terms(value, hard);
     if (!row_.wants_gradient()) return;
-    if (row_.template is_lost<kMode>(value, hard)) {
+    if (row_.template is_lost<kDivergence>(value, hard)) {
       row_.fill_slice(kNaN);
     } else {
-      write_gradient(empty, row_.hard_weight() / this->hard_sum(sums));
+      write_gradient(empty, row_.hard_weight() / this->hard_sum(sums.hard, sums.label));
     }
-    this->write_tail(this->hard_sum(sums));
+    this->write_tail(this->hard_sum(sums.hard, sums.label));
   }
 
  private:
-  static constexpr bool kReverse = kMode == Mode::kReverse;
-  static constexpr bool kStudentLeads = kMode != Mode::kForward;
-  using Base = RereadSlice<Exchange>;
-  using Base::each_step, Base::exponential, Base::hard_frame_, Base::row_, Base::take_part;
+  static constexpr bool kReverse = kDivergence == Divergence::kReverse;
+  static constexpr bool kStudentLeads = kDivergence != Divergence::kForward;
+  using Base = HardTerm<Exchange>;
+  using Base::each_step, Base::exponential, Base::hard_offset_, Base::row_, Base::only_kept;
 
   __device__ float lead_inverse() const {
     return kStudentLeads ? student_inverse_ : teacher_inverse_;
@@ -91,11 +151,25 @@ class Reread : RereadSlice<Exchange> {
   template <class Fn>
   __device__ void each_pruned(const Fn& fn) {
     each_step([&](int step, float* student, float* teacher) {
-      if (row_.has_soft()) take_part(step, student, teacher);
+      if (row_.has_soft()) only_kept(step, student, teacher);
       fn(step, student, teacher);
     });
   }
 
+  struct Maxima {
+    float lead, other = -kInf, hard = -kInf;
+
+    __device__ Sums packed() const {
+      Sums sums;
+      sums.lead_offset = lead;
+      sums.other_offset = other;
+      sums.hard_offset = hard;
+      return sums;
+    }
+    __device__ static Maxima of(const Sums& sums) {
+      return {sums.lead_offset, sums.other_offset, sums.hard_offset};
+    }
+  };
   // In the logits as they are stored, what all exponentials are relative to; and what the other
   // side has where the lead has its maximum.
   __device__ void find_maxima() {
@@ -108,7 +182,7 @@ class Reread : RereadSlice<Exchange> {
         nan |= this->loses_nan(student[j], teacher[j]);
       }
       if (!row_.has_soft()) return;
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const float lead = kStudentLeads ? student[j] : teacher[j];
@@ -118,36 +192,32 @@ class Reread : RereadSlice<Exchange> {
         other_max = fmaxf(other_max, other);
       }
     });
-    if (nan) poison_ = kNaN;
+    if (nan) lost_ = kNaN;
     this->find_maximum_of_tail(hard_max);
-    Sums sums;
-    sums.lead_frame = warp_max(lead_max);
-    sums.other_frame = warp_max(other_max);
-    sums.hard_frame = warp_max(hard_max);
-    const Sums& total = row_.total(sums, [](Sums&) {});
-    const auto frame = [](float max) { return max > -kInf ? max : 0.0f; };
-    lead_frame_ = frame(total.lead_frame);
-    other_frame_ = frame(total.other_frame);
-    hard_frame_ = frame(total.hard_frame);
+    const Maxima total =
+        row_.total_of(Maxima{warp_max(lead_max), warp_max(other_max), warp_max(hard_max)});
+    const auto offset = [](float max) { return max > -kInf ? max : 0.0f; };
+    lead_offset_ = offset(total.lead);
+    other_offset_ = offset(total.other);
+    hard_offset_ = offset(total.hard);
     __syncthreads();  // before the next sums come into the same place
-    sums.other_frame = sums.hard_frame = -kInf;
-    sums.lead_frame = warp_max(lead_max == lead_frame_ ? beside : -kInf);
-    beside_ = row_.total(sums, [](Sums&) {}).lead_frame;
+    beside_ = row_.total_of(Maxima{warp_max(lead_max == lead_offset_ ? beside : -kInf)}).lead;
     __syncthreads();
   }
 
-  // Whether the sums, in the frames of the maxima, are to be had once more: in such frames that
+  // Whether the sums, whose offsets are the maxima, are to be had once more: with such offsets that
   // nothing of what is summed cancels, nor of the gradient.
-  __device__ bool place_frames(const Sums& sums, const Divergence& soft) {
+  __device__ bool place_offsets(const Sums& sums, const SoftTerm& soft) {
     const float least = 1 / (1 + sure_besides(row_.vocab()));
-    const float beside = (beside_ - other_frame_) * other_inverse();
-    const float share = exponential(beside) / sums.other;  // of the other side, of that class
+    const float beside = (beside_ - other_offset_) * other_inverse();
+    const float share = exponential(beside) / sums.other;  // that class's, of the other side
     const bool sure = 1 / sums.lead > least && (kStudentLeads || share > least);
-    const bool wanted = sure || kMode == Mode::kMixture || !soft.exact || soft.value < kNear;
+    const bool wanted =
+        sure || kDivergence == Divergence::kMixture || !soft.exact || soft.value < kNear;
     if (!wanted && !row_.decoupled()) return false;
     constexpr float kLowest = -60.0f;  // so that no exponential overflows
     if (sure && beside > kLowest) {
-      other_frame_ = beside_;  // that class's own frame: there its x is 0
+      other_offset_ = beside_;  // that class's own logit: its x is 0 then
     } else if (kStudentLeads) {
       // As much as ln(q / p) is in the mean.
       shift_ = fmaxf(-sums.cross / sums.lead, fminf(soft.log_ratio, 0.0f) + kLowest);
@@ -162,17 +232,17 @@ class Reread : RereadSlice<Exchange> {
     return kReverse ? teacher == -kInf && student > -kInf : student == -kInf && teacher > -kInf;
   }
   // ln(e_lead / e_other), from the difference of the logits, which is exact where they nearly
-  // agree, unless that of the frames would cost more.
+  // agree, unless the difference of the offsets would cost more.
   __device__ float log_ratio(float lead, float other, float y_lead, float y_other) const {
-    const float apart = lead_frame_ - other_frame_;
+    const float apart = lead_offset_ - other_offset_;
     const bool direct = lead_inverse() == other_inverse() && fabsf(apart) * lead_inverse() < 8;
     return direct ? fmaf(lead - other - apart, lead_inverse(), shift_) : y_lead - y_other;
   }
   __device__ float lead_exponent(float logit) const {
-    return (logit - lead_frame_) * lead_inverse();
+    return (logit - lead_offset_) * lead_inverse();
   }
   __device__ float other_exponent(float logit) const {
-    return fmaf(logit - other_frame_, other_inverse(), -shift_);
+    return fmaf(logit - other_offset_, other_inverse(), -shift_);
   }
   __device__ Pair pair(float student, float teacher) const {
     const float l = kStudentLeads ? student : teacher, o = kStudentLeads ? teacher : student;
@@ -180,14 +250,14 @@ class Reread : RereadSlice<Exchange> {
     return pair_of(exponential(y_lead), exponential(y_other), log_ratio(l, o, y_lead, y_other));
   }
 
-  __device__ Sums sum(Divergence& soft) {
+  __device__ Sums sum(SoftTerm& soft) {
     Sums sums;
-    sums.lead_frame = sums.other_frame = sums.hard_frame = 0;  // the same in every CTA
-    sums.lead = poison_;
+    sums.lead_offset = sums.other_offset = sums.hard_offset = 0;  // the same in every CTA
+    sums.lead = lost_;
     each_step([&](int step, float* student, float* teacher) {
       if (row_.has_hard()) sums.hard += this->sum_hard(step, student);
       if (!row_.has_soft()) return;
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
       Sums few;  // 8 at a time: the sums of a long slice would swallow single ones
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -208,8 +278,9 @@ class Reread : RereadSlice<Exchange> {
     sums.label_teacher = row_.teacher_label();
     const Sums total = row_.total(sums, [&](Sums& sums) {
       row_.shared.divergence = divergence(sums);
-      if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
-      if (row_.has_hard()) row_.set_hard_at_label(sums.hard / this->hard_sum(sums));
+      if (kDivergence == Divergence::kForward && row_.decoupled()) set_target(sums);
+      if (row_.has_hard())
+        row_.set_hard_at_label(sums.hard / this->hard_sum(sums.hard, sums.label));
     });
     soft = row_.shared.divergence;
     __syncthreads();
@@ -224,8 +295,8 @@ class Reread : RereadSlice<Exchange> {
     row_.set_target(teacher - logf(sums.lead), student - logf(sums.other), gap, sums.label > -kInf);
   }
 
-  // q, and ln(q / m) less that of a class at the frames, by which nothing cancels where most of q
-  // is there, nor where ln(q / m) is all but its limit -ln(1 - beta).
+  // q, and ln(q / m) less that of a class with logits at the offsets: nothing cancels where most of
+  // q is there, nor where ln(q / m) is all but its limit -ln(1 - beta).
   struct Mixed {
     float q, log_q, from_teacher, from_student;
   };
@@ -236,14 +307,14 @@ class Reread : RereadSlice<Exchange> {
     const float per_m = 1 / fmaxf(m, 0x1p-126f);
     const float y = -difference_(e.difference, e.other, e.lead) * per_m;
     const float x = fminf(fmaxf(e.x, -80.0f), 200.0f);
-    const LogTerms log_q = log_terms(share_ * expm1f(-x), fmaf(share_, expf(-x), rest_));
+    const LogTerms log_q =
+        log_terms(share_of_p_ * expm1f(-x), fmaf(share_of_p_, expf(-x), share_of_q_));
     return {q, -log_q.log, m * log_terms((beta_ - 1) * y, p * per_m).excess,
             m * log_terms(beta_ * y, q * per_m).excess};
   }
 
-  __device__ Sums mix() {
-    Sums sums;
-    sums.lead_frame = sums.other_frame = 0;
+  __device__ MixtureSums mix() {
+    MixtureSums sums{0, 0};
     each_pruned([&](int, float* student, float* teacher) {
       float from_teacher = 0, from_student = 0, log_q = 0;
 #pragma unroll
@@ -253,14 +324,12 @@ class Reread : RereadSlice<Exchange> {
         from_student += m.from_student;
         log_q = fmaf(m.q, m.log_q, log_q);
       }
-      sums.lead += from_teacher;
-      sums.other += from_student;
-      sums.cross += log_q;
+      sums.from_teacher += from_teacher;
+      sums.from_student += from_student;
+      sums.log_q += log_q;
     });
-    sums.lead = warp_sum(sums.lead);
-    sums.other = warp_sum(sums.other);
-    sums.cross = warp_sum(sums.cross);
-    return row_.total(sums, [](Sums&) {});
+    return row_.total_of(MixtureSums{warp_sum(sums.from_teacher), warp_sum(sums.from_student),
+                                     warp_sum(sums.log_q)});
   }
 
   __device__ void write_gradient(bool empty, float hard) {
@@ -272,11 +341,11 @@ class Reread : RereadSlice<Exchange> {
       float gradient[kPerLane] = {};
       if (row_.hard_weight() != 0) this->add_hard(step, student, hard, gradient);
       if (weight != 0 || of_q != 0) {
-        take_part(step, student, teacher);
+        only_kept(step, student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           float q = 0, of_soft = 0;
-          if constexpr (kMode == Mode::kMixture) {
+          if constexpr (kDivergence == Divergence::kMixture) {
             const Mixed m = mixed(student[j], teacher[j]);
             of_soft = (1 - beta_) * m.q * (m.log_q - mean_);
           } else {
@@ -298,13 +367,13 @@ class Reread : RereadSlice<Exchange> {
 
   const float student_inverse_, teacher_inverse_, beta_;
   // In the logits as they are stored; the other side's exponents are lower by shift_ besides.
-  float lead_frame_ = 0, other_frame_ = 0, shift_ = 0;
+  float lead_offset_ = 0, other_offset_ = 0, shift_ = 0;
   float beside_ = 0;  // the other side's logit where the lead's is the largest
-  float poison_ = 0;  // NaN where a logit is, with pruning
+  float lost_ = 0;    // NaN where a pruned row has one: it is added to the sums
   float per_lead_ = 0, per_other_ = 0;
-  Combination difference_;      // other - lead, as probabilities
-  float mean_ = 0;              // of x, or of the mixture's log_q, under q
-  float share_ = 0, rest_ = 0;  // of p and of q in m, at the frames
+  Combination difference_;                 // other - lead, as probabilities
+  float mean_ = 0;                         // the mean under q of x, or of the mixture's log_q
+  float share_of_p_ = 0, share_of_q_ = 0;  // in m, of a class whose logits are the offsets
 };
 
 }  // namespace fastkd::cuda

@@ -13,8 +13,6 @@
 //   bin()      of the histogram that CTA i published, between two barriers; set_bin() changes one
 //   end()      by all threads, after all else
 //
-// and, of a CTA that works on several rows, next_row(), -1 after the last, and begin() with it.
-//
 // The buffers of an exchange are used again two exchanges later. A CTA sends into them only after
 // it has everyone's part of the exchange between, which each sends only after it has read this
 // one's: so nobody is still reading.
@@ -24,7 +22,7 @@
 
 namespace fastkd::cuda {
 
-constexpr int kBins = 2048;  // of a histogram, see select.h
+constexpr int kBins = 2048;  // a histogram's, see select.h
 
 __device__ __forceinline__ uint4 vector_of(const Sums& sums, int i) {
   uint4 vector;
@@ -39,15 +37,14 @@ class Cluster {
 #else
   static constexpr int kVectors = kClusterVectors;
 #endif
-  static constexpr bool kSeveralRows = kPersistent;
   struct Shared {
     Sums inbox[2][kMaxCluster];
     uint64_t barrier[2];
     int row, count;
   };
 
-  __device__ Cluster(Shared& shared, const DenseRows& call, const Plan& plan, unsigned*)
-      : shared_(shared), call_(call), plan_(plan) {}
+  __device__ Cluster(Shared& shared, const DenseRows&, const Plan& plan, unsigned*)
+      : shared_(shared), plan_(plan) {}
 #ifdef FASTKD_CLUSTERS
   __device__ void start() {
     if (threadIdx.x == 0) {
@@ -65,9 +62,8 @@ class Cluster {
   }
   // Before the first exchange: by then the row is on its way and the other CTAs have begun.
   __device__ void ready() {
-    const bool is_first = !kSeveralRows || row() * size() + rank() == static_cast<int>(blockIdx.x);
     __syncwarp();
-    if (size() > 1 && is_first) cluster_wait();
+    if (size() > 1) cluster_wait();
   }
   __device__ void barrier() {
     __syncwarp();
@@ -100,29 +96,6 @@ class Cluster {
   }
   __device__ void set_bin(unsigned* mine, int bin, unsigned value) { mine[bin] = value; }
 
-  // A send for the next row comes after everyone's part of this one, as within a row.
-  __device__ int next_row() const {
-    if (plan_.stage == 0 || row() + plan_.clusters >= call_.N) return -1;
-    return row() + plan_.clusters;
-  }
-  __device__ void begin(int row) { shared_.row = row; }
-  // A barrier of copies from global into shared memory; by one thread, but for the wait.
-  __device__ void make_barrier(uint64_t* barrier) {
-    mbarrier_init(barrier, 1);
-    mbarrier_init_fence();
-  }
-  __device__ void expect(uint64_t* barrier, unsigned bytes) {
-    mbarrier_arrive_expect(barrier, bytes);
-  }
-  __device__ void copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-    copy_async(to, from, bytes, barrier);
-  }
-  __device__ void wait(uint64_t* barrier, unsigned parity) { mbarrier_wait(barrier, parity); }
-  // Of shared memory, for the next row's slices of the student (0) and of the teacher (1).
-  __device__ char* stage(int which) const {
-    return &shared_memory<char>() + plan_.stage_begin + which * plan_.stage;
-  }
-
   __device__ void end() {}
   __device__ void advance() {
     if (threadIdx.x == 0) ++shared_.count;
@@ -137,7 +110,6 @@ class Cluster {
   __device__ int count() const { return fresh(shared_.count); }
 
   Shared& shared_;
-  const DenseRows& call_;
   const Plan& plan_;
 };
 
@@ -166,7 +138,6 @@ struct TicketSpace {
 class Tickets {
  public:
   static constexpr int kVectors = kTicketVectors;
-  static constexpr bool kSeveralRows = false;
   struct Shared {
     Sums inbox[kMaxTickets];
     int row, rank, count;

@@ -1,39 +1,39 @@
 // The core of rows whose slices fit the registers: every logit is read once, its exponential stays
 // where the logit was, one exchange, and the gradient is written from them.
 #pragma once
-#include "held.h"
+#include "classes.h"
 
 namespace fastkd::cuda {
 
-template <class Exchange, Mode kMode>
-class Registers : Slice<Exchange, true> {
+template <class Exchange, Divergence kDivergence>
+class Fast : HeldClasses<Exchange> {
  public:
-  __device__ explicit Registers(Row<Exchange>& row) : Slice<Exchange, true>(row) {}
+  __device__ explicit Fast(Row<Exchange>& row) : HeldClasses<Exchange>(row) {}
 
   // False where the row has to be read again: infinities, sums that cancel, or a gradient that
   // does.
   __device__ bool run() {
     this->load([] {});
     if (own_hard()) sum_hard();
-    if (row_.pruned()) prune();
-    if (row_.teacher_probs()) take_logarithms();
-    if constexpr (kMode == Mode::kForward) leave_out_label();
+    if (row_.pruned()) this->prune();
+    if (row_.teacher_probs()) this->take_logarithms();
+    if constexpr (kDivergence == Divergence::kForward) this->set_label_apart();
     if (row_.has_soft()) sum_soft();
     if (row_.power() > 1) sum_powers();
     sums_.label = row_.student_label();
     sums_.label_teacher = row_.teacher_label();
     const Sums& total = row_.total(sums_, [&](Sums& sums) {
-      if (kMode != Mode::kMixture && row_.has_soft()) {
+      if (kDivergence != Divergence::kMixture && row_.has_soft()) {
         row_.shared.divergence = divergence(sums);
         if (cancels(sums)) row_.shared.divergence.exact = false;
       }
-      if (kMode == Mode::kForward && row_.decoupled()) set_target(sums);
+      if (kDivergence == Divergence::kForward && row_.decoupled()) set_target(sums);
     });
     const float label = total.label;
     const Sums sums = total;
-    Divergence soft{0, 0, 0, true};
+    SoftTerm soft{0, 0, 0, true};
     if (row_.has_soft()) {
-      if constexpr (kMode == Mode::kMixture) {
+      if constexpr (kDivergence == Divergence::kMixture) {
         soft.exact = sums.lead > 0 && sums.other > 0 && sums.lead + sums.other < kInf &&
                      !(has_soft_gradient() && is_sure(sums.other, row_.vocab()));
       } else {
@@ -44,34 +44,34 @@ class Registers : Slice<Exchange, true> {
     float hard = 0;
     if (row_.power() > 0) {
       const float sum = row_.power() > 1 ? sums.hard : kReverse ? sums.lead : sums.other;
-      const float frame = kReverse ? sums.lead_frame : sums.other_frame;
-      hard = row_.hard_term(sum, frame, student_scale(), label, row_.power());
+      const float offset = kReverse ? sums.lead_offset : sums.other_offset;
+      hard = row_.hard_term(sum, offset, student_scale(), label, row_.power());
     } else if (row_.has_hard()) {
-      hard = row_.hard_term(sums.hard, sums.hard_frame, kLog2E, label, 1);
+      hard = row_.hard_term(sums.hard, sums.hard_offset, kLog2E, label, 1);
     }
     if (row_.wants_gradient() && row_.hard_weight() != 0 && hard < kSureLabel) return false;
-    const float lead = scale(sums_.lead_frame, sums.lead_frame, sums.lead);
-    const float other = scale(sums_.other_frame, sums.other_frame, sums.other);
+    const float lead = scale(sums_.lead_offset, sums.lead_offset, sums.lead);
+    const float other = scale(sums_.other_offset, sums.other_offset, sums.other);
     float from_student = 0;
-    if (kMode == Mode::kMixture && row_.has_soft()) {
-      const Sums mixed = mix(lead, other);
-      from_student = mixed.other;
+    if (kDivergence == Divergence::kMixture && row_.has_soft()) {
+      const MixtureSums mixed = mix(lead, other);
+      from_student = mixed.from_student;
       const float beta = row_.beta();
-      soft.value = beta * mixed.lead + (1 - beta) * mixed.other;
-      const float limit = -log1pf(-beta);  // of ln(q / m), where p is nothing
+      soft.value = beta * mixed.from_teacher + (1 - beta) * mixed.from_student;
+      const float limit = -log1pf(-beta);  // what ln(q / m) is where p is nothing
       const bool apart = (limit - from_student) * 4 < limit;
       const bool near = soft.value < kNear * beta * (1 - beta);
       if (has_soft_gradient() && (apart || near)) return false;
     }
     row_.write_terms(soft.value, hard);
     if (!row_.wants_gradient()) return true;
-    if (row_.template is_lost<kMode>(soft.value, hard)) {
+    if (row_.template is_lost<kDivergence>(soft.value, hard)) {
       row_.fill_gradient(kNaN);
     } else {
       find_factors(sums, soft, lead, other, from_student);
-      float per_hard = scale(sums_.hard_frame, sums.hard_frame, sums.hard, row_.power());
-      if (kMode == Mode::kMixture && row_.power() > 1) {
-        // What is kept there is q: times its sum, the exponentials in the row's frame.
+      float per_hard = scale(sums_.hard_offset, sums.hard_offset, sums.hard, row_.power());
+      if (kDivergence == Divergence::kMixture && row_.power() > 1) {
+        // mix() has left q there: times the sum, it is the exponential at the row's offset.
         from_q_ = sums.other;
         per_hard = 1 / sums.hard;
       }
@@ -82,8 +82,8 @@ class Registers : Slice<Exchange, true> {
   }
 
  private:
-  static constexpr bool kReverse = kMode == Mode::kReverse;
-  using Base = Slice<Exchange, true>;
+  static constexpr bool kReverse = kDivergence == Divergence::kReverse;
+  using Base = HeldSlice<Exchange, true>;
   using Base::each, Base::each_in_turn, Base::kVectors, Base::last, Base::maximum, Base::rotate;
   using Base::row_, Base::step, Base::student_, Base::teacher_;
 
@@ -102,71 +102,21 @@ class Registers : Slice<Exchange, true> {
   __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
 
   __device__ __forceinline__ void sum_hard() {
-    sums_.hard_frame = maximum(student_) * kLog2E;
-    const float frame = used(sums_.hard_frame);
+    sums_.hard_offset = maximum(student_) * kLog2E;
+    const float offset = used(sums_.hard_offset);
     float sum = 0;
     each([&](int i) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        sum += exp2_approx(fmaf(student_[i][j], kLog2E, -frame));
+        sum += exp2_approx(fmaf(student_[i][j], kLog2E, -offset));
       }
     });
     sums_.hard = warp_sum(sum);
   }
 
-  // Classes below the threshold no longer exist on either side.
-  __device__ __forceinline__ void prune() {
-    const float none = row_.teacher_probs() ? 0.0f : -kInf;
-    const float threshold = kth_largest(row_.exchange, row_.shared.select, row_.teacher().dtype,
-                                        row_.keep(), none, [&](const auto& fn) {
-                                          each([&](int i) {
-#pragma unroll
-                                            for (int j = 0; j < kPerLane; ++j)
-                                              fn(unknown(teacher_[i][j]));
-                                          });
-                                        });
-    bool nan = false;
-    each([&](int i) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const float s = student_[i][j], t = teacher_[i][j];
-        nan |= s != s || !(t >= none);
-        const bool keep = t >= threshold;
-        student_[i][j] = keep ? s : -kInf;
-        teacher_[i][j] = keep ? t : none;
-      }
-    });
-    // A NaN is lost with its class: it has to show in the sums.
-    if (nan) student_[0][0] = teacher_[0][0] = kNaN;
-  }
-
-  // Of probabilities, the logits in units of ln 2: NaN where one is negative.
-  __device__ __forceinline__ void take_logarithms() {
-    each([&](int i) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) teacher_[i][j] = log2_subnormal(teacher_[i][j]);
-    });
-  }
-
-  // By the warp that has it, where the label has a term of its own; but a NaN stays.
-  __device__ __forceinline__ void leave_out_label() {
-    if (!row_.decoupled()) return;
-    const int of_label = row_.label() / kStep;
-    each([&](int i) {
-      if (step(i) == of_label) leave_out(i, row_.left_out(of_label));
-    });
-  }
-  __device__ __forceinline__ void leave_out(int i, int index) {
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      if (j != index) continue;
-      if (student_[i][j] == student_[i][j]) student_[i][j] = -kInf;
-      if (teacher_[i][j] == teacher_[i][j]) teacher_[i][j] = -kInf;
-    }
-  }
   __device__ void set_target(const Sums& sums) {
-    const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_frame) * kLn2;
-    const float student = fmaf(sums.label, student_scale(), -sums.other_frame) * kLn2;
+    const float teacher = fmaf(sums.label_teacher, teacher_scale(), -sums.lead_offset) * kLn2;
+    const float student = fmaf(sums.label, student_scale(), -sums.other_offset) * kLn2;
     const float teacher_odds = teacher - logf(sums.lead), odds = student - logf(sums.other);
     const float gap = odds - teacher_odds;
     row_.set_target(teacher_odds, odds, gap, sums.label > -kInf);
@@ -176,32 +126,32 @@ class Registers : Slice<Exchange, true> {
     if (target != target || near) row_.shared.divergence.exact = false;
   }
 
-  __device__ static __forceinline__ float used(float frame) { return frame > -kInf ? frame : 0; }
+  __device__ static __forceinline__ float used(float offset) { return offset > -kInf ? offset : 0; }
 
-  // The exponentials in the place of the logits, in the frames of the warp's maxima: no other warp
-  // is waited for.
+  // Puts the exponentials in the place of the logits. The offsets are the warp's own maxima: no
+  // other warp is waited for.
   __device__ __forceinline__ void sum_soft() {
     auto& lead = kReverse ? student_ : teacher_;
     auto& other = kReverse ? teacher_ : student_;
     const float lead_scale = kReverse ? student_scale() : teacher_scale();
     const float other_scale = kReverse ? teacher_scale() : student_scale();
-    // The product of frame and scale, rounded, is itself the frame: every exponential and every
+    // The product of maximum and scale, rounded, is itself the offset: every exponential and every
     // sum is relative to the same number.
-    sums_.lead_frame = maximum(lead) * lead_scale;
-    sums_.other_frame = maximum(other) * other_scale;
-    const float lead_frame = used(sums_.lead_frame), other_frame = used(sums_.other_frame);
+    sums_.lead_offset = maximum(lead) * lead_scale;
+    sums_.other_offset = maximum(other) * other_scale;
+    const float lead_offset = used(sums_.lead_offset), other_offset = used(sums_.other_offset);
     float sum_lead = 0, sum_other = 0, difference = 0, excess = 0, cross = 0;
     each([&](int i) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        const float u_lead = fmaf(lead[i][j], lead_scale, -lead_frame);
-        const float u_other = fmaf(other[i][j], other_scale, -other_frame);
+        const float u_lead = fmaf(lead[i][j], lead_scale, -lead_offset);
+        const float u_other = fmaf(other[i][j], other_scale, -other_offset);
         const float e_lead = exp2_approx(u_lead), e_other = exp2_approx(u_other);
         sum_lead += e_lead;
         sum_other += e_other;
         lead[i][j] = e_lead;
         other[i][j] = e_other;
-        if constexpr (kMode != Mode::kMixture) {
+        if constexpr (kDivergence != Divergence::kMixture) {
           // -inf where the lead is, NaN where both are: such a class adds e_other, or nothing.
           const float x = fmaxf(u_lead - u_other, -kHuge);
           const float d = e_other - e_lead, weighted = e_lead * x;
@@ -220,7 +170,7 @@ class Registers : Slice<Exchange, true> {
     });
     sums_.lead = warp_sum(sum_lead);
     sums_.other = warp_sum(sum_other);
-    if constexpr (kMode != Mode::kMixture) {
+    if constexpr (kDivergence != Divergence::kMixture) {
       sums_.difference = warp_sum(difference);
       sums_.excess = warp_sum(excess);
       sums_.cross = warp_sum(cross) * kLn2;
@@ -234,7 +184,7 @@ class Registers : Slice<Exchange, true> {
   // No more exponentials for a hard term beside a soft one at T = 2, 3 or 4: relative to those at
   // T = 1, T times the error of one.
   __device__ __forceinline__ void sum_powers() {
-    sums_.hard_frame = kReverse ? sums_.lead_frame : sums_.other_frame;
+    sums_.hard_offset = kReverse ? sums_.lead_offset : sums_.other_offset;
     const int power = row_.power();
     float sum = 0;
     each([&](int i) {
@@ -245,15 +195,15 @@ class Registers : Slice<Exchange, true> {
   }
 
   // What turns the exponentials of a warp, or powers of them, into probabilities.
-  __device__ static float scale(float frame, float row_frame, float sum, int power = 1) {
-    const float down = (frame - row_frame) * static_cast<float>(max(power, 1));
-    return frame > -kInf ? exp2_approx(down) / sum : 0.0f;
+  __device__ static float scale(float offset, float row_offset, float sum, int power = 1) {
+    const float down = (offset - row_offset) * static_cast<float>(max(power, 1));
+    return offset > -kInf ? exp2_approx(down) / sum : 0.0f;
   }
 
-  // KL(p || m) as `lead` and KL(q || m) as `other`. Leaves q where the student was, and
-  // q ln(q / m) where the teacher was. With y = (q - p) / m: p/m = 1 - (1 - beta) y, q/m = 1 + beta
-  // y, and each divergence is a sum of r ln r - r + 1 over m, without cancellation.
-  __device__ __forceinline__ Sums mix(float per_p, float per_q) {
+  // Leaves q where the student was, and q ln(q / m) where the teacher was. With y = (q - p) / m:
+  // p/m = 1 - (1 - beta) y, q/m = 1 + beta y, and each divergence is a sum of r ln r - r + 1 over
+  // m, without cancellation.
+  __device__ __forceinline__ MixtureSums mix(float per_p, float per_q) {
     const float beta = row_.beta();
     float from_teacher = 0, from_student = 0;
     each([&](int i) {
@@ -269,27 +219,23 @@ class Registers : Slice<Exchange, true> {
         teacher_[i][j] = q * log_q.log;
       }
     });
-    Sums sums;
-    sums.lead_frame = sums.other_frame = 0;
-    sums.lead = warp_sum(from_teacher);
-    sums.other = warp_sum(from_student);
-    return row_.total(sums, [](Sums&) {});
+    return row_.total_of(MixtureSums{warp_sum(from_teacher), warp_sum(from_student)});
   }
 
-  // The gradient of a class is student a + teacher b in terms of what was kept of it: forward q -
+  // The gradient of a class is student a + teacher b, of what was saved of the class: forward q -
   // p; reverse q (ln(q/p) - D); mixture (1 - beta) q (ln(q/m) - KL(q || m)). All times the weight,
   // and the hard weight times q besides.
-  __device__ __forceinline__ void find_factors(const Sums& sums, const Divergence& soft, float lead,
+  __device__ __forceinline__ void find_factors(const Sums& sums, const SoftTerm& soft, float lead,
                                                float other, float from_student) {
     const float weight = row_.soft_weight() * row_.student_inverse();
-    const float hard = row_.power() == 1         ? row_.hard_weight()
-                       : kMode == Mode::kForward ? row_.target_factor()
-                                                 : 0.0f;
+    const float hard = row_.power() == 1                     ? row_.hard_weight()
+                       : kDivergence == Divergence::kForward ? row_.target_factor()
+                                                             : 0.0f;
     const bool off = row_.soft_weight() == 0;
-    if constexpr (kMode == Mode::kForward) {
-      // q / p - 1 in the frames of this warp: small where the two sides agree.
-      const float D = ((sums.other_frame - used(sums_.other_frame)) -
-                       (sums.lead_frame - used(sums_.lead_frame))) *
+    if constexpr (kDivergence == Divergence::kForward) {
+      // q / p - 1 at this warp's offsets: small where the two sides agree.
+      const float D = ((sums.other_offset - used(sums_.other_offset)) -
+                       (sums.lead_offset - used(sums_.lead_offset))) *
                       kLn2;
       float gap = other - lead;
       if (fabsf(D) < 0.25f && fabsf(soft.ratio) < 0.5f && lead > 0 && other > 0) {
@@ -298,9 +244,9 @@ class Registers : Slice<Exchange, true> {
       }
       const float scaled = off ? 0 : weight;
       forward_ = Combination(other * (scaled + hard), lead * scaled, gap * scaled + other * hard);
-    } else if constexpr (kMode == Mode::kReverse) {
-      const float shift =
-          (used(sums_.lead_frame) - sums.lead_frame) - (used(sums_.other_frame) - sums.other_frame);
+    } else if constexpr (kDivergence == Divergence::kReverse) {
+      const float shift = (used(sums_.lead_offset) - sums.lead_offset) -
+                          (used(sums_.other_offset) - sums.other_offset);
       const float scaled = off ? 0 : weight * lead;
       a_ = scaled * (fmaf(shift, kLn2, soft.log_ratio) - soft.value) + hard * lead;
       b_ = scaled * kLn2;
@@ -311,13 +257,13 @@ class Registers : Slice<Exchange, true> {
     }
   }
 
-  // Of the soft term, and of a hard term that shares its exponentials.
+  // The gradient of the soft term, and of a hard term that shares its exponentials.
   __device__ __forceinline__ void find_gradient(const float* student, const float* teacher,
                                                 float hard, float* gradient) const {
     if (!row_.has_soft()) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if constexpr (kMode == Mode::kForward) {
+      if constexpr (kDivergence == Divergence::kForward) {
         gradient[j] = forward_(student[j] - teacher[j], student[j], teacher[j]);
       } else {
         gradient[j] = fmaf(student[j], a_, teacher[j] * b_);
@@ -327,18 +273,18 @@ class Registers : Slice<Exchange, true> {
     if (power < 2 || row_.hard_weight() == 0) return;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      const float e = kMode == Mode::kMixture ? student[j] * from_q_ : student[j];
+      const float e = kDivergence == Divergence::kMixture ? student[j] * from_q_ : student[j];
       gradient[j] = fmaf(raised(e, power), hard, gradient[j]);
     }
   }
-  // Of a hard term with exponentials of its own. Their logits are in L2 since a moment ago; no
-  // other thread has written over them.
+  // Adds that of a hard term with exponentials of its own. Their logits are in L2 since a moment
+  // ago; no other thread has written over them.
   __device__ __forceinline__ void add_hard(int step, float hard, float* gradient) const {
     float logits[kPerLane];
     unpack(row_.student().dtype, load_packed(row_.student(), step), logits);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      const float e = exp2_approx(fmaf(logits[j], kLog2E, -used(sums_.hard_frame)));
+      const float e = exp2_approx(fmaf(logits[j], kLog2E, -used(sums_.hard_offset)));
       gradient[j] = fmaf(e, hard, gradient[j]);
     }
   }
@@ -379,9 +325,9 @@ class Registers : Slice<Exchange, true> {
   }
 
   static constexpr float kHuge = 3e38f;
-  static constexpr float kSureLabel = 0.28f;  // of the hard term: q > 3/4 there
+  static constexpr float kSureLabel = 0.28f;  // a hard term below: q > 3/4 at the label
 
-  Sums sums_;  // of this warp
+  Sums sums_;  // this warp's
   Combination forward_;
   float a_ = 0, b_ = 0;
   float from_q_ = 0;

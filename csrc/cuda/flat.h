@@ -11,15 +11,15 @@
 //
 // Such rows are rare: their slices are read three times, whatever their length.
 #pragma once
-#include "careful_slice.h"
+#include "careful.h"
 
 namespace fastkd::cuda {
 
 template <class Exchange>
-class LogitMatch : RereadSlice<Exchange> {
+class Flat : HardTerm<Exchange> {
  public:
-  __device__ explicit LogitMatch(Row<Exchange>& row)
-      : RereadSlice<Exchange>(row),
+  __device__ explicit Flat(Row<Exchange>& row)
+      : HardTerm<Exchange>(row),
         unit_(row.teacher_probs() ? kLn2 : 1.0f),
         inverse_(row.student_inverse()),
         beta_(row.beta()) {}
@@ -28,58 +28,58 @@ class LogitMatch : RereadSlice<Exchange> {
   // been written then.
   __device__ bool run() {
     this->prune();
-    const Sums first = sum_differences();
-    const float count = first.other;
-    if (inverse_ > 0 && !(first.forbidden == 0 && fabsf(first.lead) < kInf && count > 0)) {
+    const First first = sum_differences();
+    const float count = first.count;
+    if (inverse_ > 0 && !(first.unusable == 0 && fabsf(first.apart) < kInf && count > 0)) {
       return false;
     }
-    mean_ = first.lead / count;  // NaN without a class
+    mean_ = first.apart / count;  // NaN without a class
     if (inverse_ > 0) {
-      const float student = fmaf(inverse_, first.cross / count, 1.0f);  // the mean of exp(z / T)
+      const float student = fmaf(inverse_, first.students / count, 1.0f);  // the mean of exp(z / T)
       per_p_ = 1 / fmaf(-inverse_, mean_, student);
       mean_ = -log1pf(-inverse_ * mean_ / student) / inverse_;
     }
-    hard_frame_ = first.hard_frame > -kInf ? first.hard_frame : 0;
-    const Sums second = sum_centred();
-    rest_ = second.lead / count;
-    from_student_ = second.cross / count;
-    float soft = second.other / count - rest_ * rest_ / 2;
+    hard_offset_ = first.hard_max > -kInf ? first.hard_max : 0;
+    const Second second = sum_centred();
+    mean_error_ = second.off / count;
+    from_student_ = second.from_student / count;
+    float soft = second.divergence / count - mean_error_ * mean_error_ / 2;
     if (!is_nan(soft)) soft = curvature() * fmaxf(soft, 0.0f);
     // A class has a logit on one side only.
-    if (first.forbidden > 0) soft = is_nan(first.lead) ? kNaN : kInf;
-    if (is(Mode::kReverse)) from_student_ = fmaf(inverse_, soft, rest_);
+    if (first.unusable > 0) soft = is_nan(first.apart) ? kNaN : kInf;
+    if (is(Divergence::kReverse)) from_student_ = fmaf(inverse_, soft, mean_error_);
     float hard = 0;
     if (row_.has_hard()) {
-      const float sum = this->hard_sum(second);
-      hard = sum > 0 ? logf(sum) + (hard_frame_ - second.label) : kNaN;
+      const float sum = this->hard_sum(second.hard, second.label);
+      hard = sum > 0 ? logf(sum) + (hard_offset_ - second.label) : kNaN;
     }
     // The weight has a T^2 that all above includes.
     const float scale = inverse_ > 0 ? inverse_ : 1;
     soft = soft * scale * scale;
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return true;
-    if (row_.template is_lost<Mode::kReverse>(soft, hard)) {  // an infinite value leaves none
+    if (row_.template is_lost<Divergence::kReverse>(soft, hard)) {  // an infinite value leaves none
       row_.fill_slice(kNaN);
     } else {
       write_gradient(row_.soft_weight() * scale * scale * curvature() / count,
-                     row_.hard_weight() / this->hard_sum(second));
+                     row_.hard_weight() / this->hard_sum(second.hard, second.label));
     }
-    this->write_tail(this->hard_sum(second));
+    this->write_tail(this->hard_sum(second.hard, second.label));
     return true;
   }
 
  private:
-  using Base = RereadSlice<Exchange>;
-  using Base::each_step, Base::hard_frame_, Base::row_, Base::take_part;
+  using Base = HardTerm<Exchange>;
+  using Base::each_step, Base::hard_offset_, Base::row_, Base::only_kept;
 
-  // Of |logit| / T, where the series still hold.
+  // The largest |logit| / T at which the series still hold.
   static constexpr float kFlat = 1.0f / 16;
 
   __device__ static bool is_nan(float x) { return x != x; }
-  __device__ bool is(Mode divergence) const { return row_.call.divergence == divergence; }
+  __device__ bool is(Divergence divergence) const { return row_.call.divergence == divergence; }
 
-  // Of the divergence at equal logits, beside that of KL.
-  __device__ float curvature() const { return is(Mode::kMixture) ? beta_ * (1 - beta_) : 1; }
+  // The divergence's second derivative at equal logits, as a multiple of KL's.
+  __device__ float curvature() const { return is(Divergence::kMixture) ? beta_ * (1 - beta_) : 1; }
 
   __device__ static bool is_there(float student, float teacher) {
     return student != -kInf || teacher != -kInf;
@@ -92,7 +92,7 @@ class LogitMatch : RereadSlice<Exchange> {
   __device__ float bend(float x) const { return x * (x * inverse_) * phi_series(-x * inverse_); }
   __device__ float square(float x) const { return x * x * phi_series(-x * inverse_); }
 
-  // Of one class that is there; p and q times K.
+  // A class that is there: p and q times K, and u and w as above.
   struct Class {
     float p, q, u, w;
   };
@@ -102,7 +102,7 @@ class LogitMatch : RereadSlice<Exchange> {
     return {p, fmaf(inverse_ * w, p, p), u, w};
   }
 
-  // Of the mixture m, of which p is 1 - (1 - beta) y / T and q is 1 + beta y / T.
+  // The mixture m: p is m times 1 - (1 - beta) y / T, and q is m times 1 + beta y / T.
   struct Mixture {
     float m, y;
   };
@@ -126,25 +126,43 @@ class LogitMatch : RereadSlice<Exchange> {
     return sum;
   }
 
-  // What a class adds to T^2 D, but for the curvature.
+  // What a class adds to T^2 times the divergence, but for the curvature.
   __device__ float divergence(const Class& c) const {
-    if (is(Mode::kForward)) return c.p * square(c.u);
-    if (is(Mode::kReverse)) return c.q * square(-c.u);
-    const float rest = 1 - beta_;
+    if (is(Divergence::kForward)) return c.p * square(c.u);
+    if (is(Divergence::kReverse)) return c.q * square(-c.u);
     const auto [m, y] = mixture(c);
-    const float from_p = entropy_series(-rest * inverse_ * y);
-    return m * y * y * fmaf(beta_, entropy_series(beta_ * inverse_ * y), rest * from_p);
+    const float from_p = entropy_series(-(1 - beta_) * inverse_ * y);
+    return m * y * y * fmaf(beta_, entropy_series(beta_ * inverse_ * y), (1 - beta_) * from_p);
   }
   __device__ float gradient(const Class& c) const {
-    if (is(Mode::kForward)) return c.p * (c.w - rest_);
-    return c.q * ((is(Mode::kReverse) ? c.u : beside_mixture(c)) - from_student_);
+    if (is(Divergence::kForward)) return c.p * (c.w - mean_error_);
+    return c.q * ((is(Divergence::kReverse) ? c.u : beside_mixture(c)) - from_student_);
   }
 
-  // The sum of z - v, or of T (exp(z / T) - exp(v / T)), as `lead`, that of T expm1(z / T) as
-  // `cross`, the classes as `other`, and those with one logit, or one that is not small beside T,
-  // as `forbidden`.
-  __device__ Sums sum_differences() {
-    float hard_max = -kInf, sum = 0, students = 0, count = 0, outside = 0;
+  // What the first pass finds; see MixtureSums.
+  struct First {
+    float hard_max;  // the student's largest logit in all classes
+    float apart;     // sum z - v, or T (exp(z / T) - exp(v / T)) where T is finite
+    float students;  // sum T expm1(z / T)
+    float count;     // classes that are there
+    float unusable;  // those of them with one logit only, or with one that is not small beside T
+
+    __device__ Sums packed() const {
+      Sums sums;
+      sums.lead_offset = sums.other_offset = 0;
+      sums.hard_offset = hard_max;
+      sums.lead = apart;
+      sums.cross = students;
+      sums.other = count;
+      sums.forbidden = unusable;
+      return sums;
+    }
+    __device__ static First of(const Sums& s) {
+      return {s.hard_offset, s.lead, s.cross, s.other, s.forbidden};
+    }
+  };
+  __device__ First sum_differences() {
+    float hard_max = -kInf, sum = 0, students = 0, count = 0, unusable = 0;
     each_step([&](int step, float* student, float* teacher) {
       float few = 0, few_students = 0;  // 8 at a time: a long slice's sum would swallow single ones
 #pragma unroll
@@ -152,7 +170,7 @@ class LogitMatch : RereadSlice<Exchange> {
         hard_max = fmaxf(hard_max, student[j]);
         if (this->loses_nan(student[j], teacher[j])) few = kNaN;
       }
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const float z = student[j], v = teacher[j] * unit_;
@@ -160,7 +178,7 @@ class LogitMatch : RereadSlice<Exchange> {
         const bool one = z == -kInf || v == -kInf;
         const bool out = one || fmaxf(fabsf(z), fabsf(v)) * inverse_ > kFlat;
         ++count;
-        if (out) ++outside;
+        if (out) ++unusable;
         if (z < kInf && v < kInf) {
           few += out ? 0.0f : difference(z, teacher[j]) + (bend(z) - bend(v));
           few_students += out ? 0.0f : z + bend(z);
@@ -172,23 +190,37 @@ class LogitMatch : RereadSlice<Exchange> {
       students += few_students;
     });
     this->find_maximum_of_tail(hard_max);
-    Sums sums;
-    sums.lead_frame = sums.other_frame = 0;  // the same in every CTA
-    sums.hard_frame = warp_max(hard_max);
-    sums.lead = warp_sum(sum);
-    sums.cross = warp_sum(students);
-    sums.other = warp_sum(count);
-    sums.forbidden = warp_sum(outside);
-    return row_.total(sums, [](Sums&) {});
+    return row_.total_of(First{warp_max(hard_max), warp_sum(sum), warp_sum(students),
+                               warp_sum(count), warp_sum(unusable)});
   }
 
-  // The divergence as `other`; q - p as `lead`, which is what the mean is off by; and what the
-  // mixture's gradient needs as `cross`.
-  __device__ Sums sum_centred() {
+  // What the second pass finds, with the mean taken from the differences.
+  struct Second {
+    float off;           // sum p w: what the mean is off by
+    float divergence;    // the sum that divergence() is of
+    float from_student;  // sum q beside_mixture(), for the mixture's gradient
+    float hard;          // the hard term's exponentials without the label's
+    float label;         // the student's logit there
+
+    __device__ Sums packed() const {
+      Sums sums;
+      sums.lead_offset = sums.other_offset = sums.hard_offset = 0;
+      sums.lead = off;
+      sums.other = divergence;
+      sums.cross = from_student;
+      sums.hard = hard;
+      sums.label = label;
+      return sums;
+    }
+    __device__ static Second of(const Sums& s) {
+      return {s.lead, s.other, s.cross, s.hard, s.label};
+    }
+  };
+  __device__ Second sum_centred() {
     float sum = 0, divergences = 0, from_student = 0, hard = 0;
     each_step([&](int step, float* student, float* teacher) {
       if (row_.has_hard()) hard += this->sum_hard(step, student);
-      take_part(step, student, teacher);
+      only_kept(step, student, teacher);
       float few = 0, few_divergences = 0, few_from_student = 0;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -202,15 +234,11 @@ class LogitMatch : RereadSlice<Exchange> {
       divergences += few_divergences;
       from_student += few_from_student;
     });
-    Sums sums;
-    sums.lead_frame = sums.other_frame = sums.hard_frame = 0;
-    sums.lead = warp_sum(sum);
-    sums.other = warp_sum(divergences);
-    sums.cross = warp_sum(from_student);
-    sums.hard = warp_sum(hard + this->sum_tail());
-    sums.label = row_.student_label();
-    return row_.total(
-        sums, [&](Sums& sums) { row_.set_hard_at_label(sums.hard / this->hard_sum(sums)); });
+    const Second mine{warp_sum(sum), warp_sum(divergences), warp_sum(from_student),
+                      warp_sum(hard + this->sum_tail()), row_.student_label()};
+    return Second::of(row_.total(mine.packed(), [&](Sums& sums) {
+      row_.set_hard_at_label(sums.hard / this->hard_sum(sums.hard, sums.label));
+    }));
   }
 
   __device__ void write_gradient(float weight, float hard) {
@@ -218,7 +246,7 @@ class LogitMatch : RereadSlice<Exchange> {
       float values[kPerLane] = {};
       if (row_.hard_weight() != 0) this->add_hard(step, student, hard, values);
       if (row_.soft_weight() != 0) {
-        take_part(step, student, teacher);
+        only_kept(step, student, teacher);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           if (!is_there(student[j], teacher[j])) continue;
@@ -230,10 +258,10 @@ class LogitMatch : RereadSlice<Exchange> {
     });
   }
 
-  static constexpr int kTerms = 12;  // of a series, |x| < 0.29
-  const float unit_;                 // of the teacher's logits
+  static constexpr int kTerms = 12;  // each series has so many, for |x| < 0.29
+  const float unit_;                 // what the teacher's logits are multiples of
   const float inverse_, beta_;
-  float mean_ = 0, rest_ = 0, per_p_ = 1, from_student_ = 0;
+  float mean_ = 0, mean_error_ = 0, per_p_ = 1, from_student_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -8,13 +8,11 @@ namespace fastkd::cuda {
 
 // kPair: of both rows, else of the student's.
 template <class Exchange, bool kPair>
-class Slice {
+class HeldSlice {
  protected:
   static constexpr int kVectors = Exchange::kVectors;
-  template <Source kSource>
-  using Is = std::integral_constant<Source, kSource>;
 
-  __device__ explicit Slice(Row<Exchange>& row) : row_(row) {}
+  __device__ explicit HeldSlice(Row<Exchange>& row) : row_(row) {}
 
   __device__ bool has_teacher() const { return kPair && row_.has_soft(); }
   __device__ int step(int i) const { return row_.begin() + warp() + i * warps(); }
@@ -64,15 +62,15 @@ class Slice {
   __device__ __forceinline__ void load(const Meanwhile& meanwhile) {
     Packed student[kVectors] = {}, teacher[kPair ? kVectors : 1] = {};
     // A teacher that is not asked for has no columns.
-    const auto load_all = [&](auto source, const View& from, const View& of_teacher) {
-      constexpr Source kSource = decltype(source)::value;
+    const auto load_all = [&](auto aligned, const View& from, const View& of_teacher) {
+      constexpr bool kAligned = decltype(aligned)::value;
       const int first = step(0), end = row_.end();
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int step = first + i * warps();
-        student[i].first = load_inside<kSource>(from, from.first(step), step < end);
+        student[i].first = load_inside<kAligned>(from, from.first(step), step < end);
         if constexpr (kPair) {
-          teacher[i].first = load_inside<kSource>(of_teacher, of_teacher.first(step), step < end);
+          teacher[i].first = load_inside<kAligned>(of_teacher, of_teacher.first(step), step < end);
         }
       }
       // One tensor after the other: the two blocks around every vector of both are more than the
@@ -82,7 +80,7 @@ class Slice {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
           const int step = first + i * warps();
-          packed[i].second = load_inside<kSource>(view, view.second(step), step < end);
+          packed[i].second = load_inside<kAligned>(view, view.second(step), step < end);
         }
       };
       load_second(from, student);
@@ -92,27 +90,10 @@ class Slice {
       return row_.student().misaligned() == 0 &&
              (!has_teacher() || row_.teacher().misaligned() == 0);
     };
-    bool staged = false;
-    if constexpr (Exchange::kSeveralRows) {
-      const int next = row_.exchange.next_row();
-      if (next >= 0 && threadIdx.x == 0) row_.look_ahead(next);
-      staged = row_.is_staged();
-    }
-    if (staged) {
-      if constexpr (Exchange::kSeveralRows) {
-        load_all(Is<Source::kStaged>(), row_.staged(row_.student(), 0),
-                 row_.staged(row_.teacher(), 1));
-      }
-    } else if (is_aligned()) {
-      load_all(Is<Source::kAligned>(), row_.student(), row_.teacher());
+    if (is_aligned()) {
+      load_all(std::true_type(), row_.student(), row_.teacher());
     } else {
-      load_all(Is<Source::kShifted>(), row_.student(), row_.teacher());
-    }
-    if constexpr (Exchange::kSeveralRows) {
-      if (row_.exchange.next_row() >= 0) {
-        __syncthreads();  // all of the stage has been read
-        if (threadIdx.x == 0) row_.fetch();
-      }
+      load_all(std::false_type(), row_.student(), row_.teacher());
     }
     meanwhile();
     const int last = this->last();
@@ -135,8 +116,7 @@ class Slice {
 
   __device__ __forceinline__ void unpack_all(DType dtype, const Packed* packed,
                                              float (&values)[kVectors][kPerLane]) {
-    // Also what is beyond the slice: else, in a loop over rows, it would be kept from one to the
-    // next.
+    // No branch around a step beyond the slice: the loads left 0 there.
     const auto all = [&](DType dtype) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) unpack(dtype, packed[i], values[i]);

@@ -10,8 +10,6 @@ namespace fastkd::cuda {
 constexpr int kPerLane = 8;
 constexpr int kStep = kLanes * kPerLane;  // columns a warp handles together
 
-constexpr float kInf = __builtin_huge_valf();
-
 // 8 columns as stored; a 16-bit dtype has all of them in `first`.
 struct Packed {
   uint4 first, second;
@@ -108,19 +106,12 @@ __device__ __forceinline__ bool is_inside(const View& view, int column) {
   // No branch: both are always evaluated.
   return (column >= before) & (column - before + (before == 0 ? count : 2 * count) <= view.columns);
 }
-// Where a row is read from: global memory, aligned or not, or a copy in shared memory.
-enum class Source { kAligned, kShifted, kStaged };
 
 // As two aligned loads; of a row that is aligned, one.
-template <Source kSource = Source::kShifted>
 __device__ __forceinline__ uint4 load_shifted(const View& view, int column, bool wanted) {
-  const auto load = [](const char* address, bool wanted) {
-    return kSource == Source::kStaged ? load_anywhere(address, wanted)
-                                      : load_cached(address, wanted);
-  };
   const unsigned off = view.misaligned_bytes();
   const char* aligned = address_of(view, column) - off;
-  return shifted(load(aligned, wanted), load(aligned + 16, wanted & (off != 0)), off);
+  return shifted(load_cached(aligned, wanted), load_cached(aligned + 16, wanted & (off != 0)), off);
 }
 // By single columns: where a block would reach beyond the row.
 __device__ __forceinline__ uint4 load_words(const View& view, int column) {
@@ -137,11 +128,11 @@ __device__ __forceinline__ bool is_whole(const View& view, int first, int last) 
   return is_inside(view, first * kStep) && is_inside(view, (last + 1) * kStep - view.per_vector());
 }
 // What is not wanted or not inside comes out as 0: patch() is for the latter.
-template <Source kSource>
+template <bool kAligned>
 __device__ __forceinline__ uint4 load_inside(const View& view, int column, bool wanted) {
   wanted = wanted & is_inside(view, column);
-  return kSource == Source::kAligned ? load_streaming(address_of(view, column), wanted)
-                                     : load_shifted<kSource>(view, column, wanted);
+  return kAligned ? load_streaming(address_of(view, column), wanted)
+                  : load_shifted(view, column, wanted);
 }
 __device__ __forceinline__ void patch(const View& view, int step, Packed& packed) {
   const auto patch = [&](int column, uint4& vector) {

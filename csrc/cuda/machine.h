@@ -82,7 +82,6 @@ __device__ __forceinline__ float2 unpack_half(uint32_t word) {
   }
 FASTKD_LOAD(load_streaming, "ld.global.L1::no_allocate.v4.u32")
 FASTKD_LOAD(load_cached, "ld.global.v4.u32")
-FASTKD_LOAD(load_anywhere, "ld.v4.u32")
 #undef FASTKD_LOAD
 __device__ __forceinline__ void store_streaming(void* address, uint4 v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
@@ -188,18 +187,6 @@ __device__ __forceinline__ void store_async(uint4* variable, uint4 v, uint64_t* 
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%2, %3, %4, %5}, "
       "[bar]; }" ::"r"(shared_address(variable)),
       "r"(shared_address(barrier)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(rank)
-      : "memory");
-}
-
-// Copies `bytes` of global into shared memory, both of them and the addresses multiples of 16;
-// counted by `barrier`. The fence: after what threads have read there before the last barrier.
-__device__ __forceinline__ void copy_async(void* to, const void* from, unsigned bytes,
-                                           uint64_t* barrier) {
-  asm volatile(
-      "fence.proxy.async.shared::cta;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 

@@ -9,7 +9,7 @@
 
 #include "../module.h"
 #include "../torch_ops.h"
-#include "kernel.h"
+#include "launch.h"
 
 namespace fastkd {
 namespace {
@@ -27,7 +27,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Of cuda::dense_rows or cuda::sparse_rows.
+// Runs cuda::dense_rows or cuda::sparse_rows on the student's device and stream.
 template <auto run, class Call>
 void launch(const Call& call, const Tensor& student) {
   if (call.is_double || call.dstudent.dtype == DType::kDouble)
@@ -35,8 +35,8 @@ void launch(const Call& call, const Tensor& student) {
   if (call.N == 0) return;
   const int32_t device = student.get_device_index();
   const DeviceGuard guard(device);
-  // Of torch's caching allocator: it goes back when this returns, to be used again no earlier than
-  // the work enqueued here is done, for that is on the same stream.
+  // It comes from torch's caching allocator, and goes back when this returns, to be used again no
+  // earlier than the work enqueued here is done, for that is on the same stream.
   const size_t bytes = cuda::workspace_bytes(call);
   std::optional<Tensor> workspace;
   if (bytes > 0)

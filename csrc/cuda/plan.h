@@ -6,26 +6,16 @@
 
 namespace fastkd::cuda {
 
-// Whether clusters are persistent where there are more rows than run at one time: each has a row
-// after another, and the next one's slices on their way into shared memory by bulk copies. The
-// results are the same bits. Off until it has been measured, and then not in the kernels at all:
-// what a loop over rows keeps takes registers from the row. The emulation always has it.
-#ifndef FASTKD_PERSISTENT
-#define FASTKD_PERSISTENT 0
-#endif
-constexpr bool kPersistent = FASTKD_PERSISTENT;
-
 // A thread holds so many times 8 columns of both rows in registers, 16 for each: as many as leave
 // no kernel with registers spilled. From compute capability 10.0 on the compiler needs a few more
 // registers than before; by tickets it needs some for the addresses of their buffers.
 constexpr int kClusterVectors = 4;
 constexpr int kLaterClusterVectors = 3;
-constexpr int kLoopVectors = 2;  // so many less beside what a loop over rows keeps: by 1 it spills
 constexpr int cluster_vectors(int major) {
-  return (major < 10 ? kClusterVectors : kLaterClusterVectors) - (kPersistent ? kLoopVectors : 0);
+  return major < 10 ? kClusterVectors : kLaterClusterVectors;
 }
 constexpr int kTicketVectors = 3;
-constexpr int kThreads = 256;     // of a CTA, mostly
+constexpr int kThreads = 256;     // a CTA has, mostly
 constexpr int kMaxThreads = 512;  // with 128 registers each, all that a multiprocessor has
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kMaxCluster = 16;
@@ -35,22 +25,17 @@ struct Plan {
   const char* error = nullptr;
   bool cluster = false;  // a row's CTAs form a cluster; else they meet in global memory, by tickets
   int parts = 1;         // CTAs of a row
-  int threads = kThreads;  // of a CTA
+  int threads = kThreads;  // a CTA has
   int slots = 0;           // tickets: rows that have buffers in global memory at one time
-  // Persistent clusters:
-  int clusters = 0;     // 0: one for each row
-  int stage = 0;        // bytes of a slice
-  int stage_begin = 0;  // in shared memory
 };
 
 // What the plan asks about a GPU.
 struct Device {
   const char* error = nullptr;
-  int vectors = kClusterVectors;  // of a thread of a cluster
+  int vectors = kClusterVectors;  // a thread of a cluster holds
   int places = 0;                 // CTAs of the ticket kernels that run at one time
   // Clusters that run at one time, by their CTAs, of kThreads and of kMaxThreads; 0: none can.
   int active[2][kMaxCluster + 1] = {};
-  int stage_bytes = 0;  // of shared memory that a CTA can have for stages
 };
 
 // What a call may use, for tests that want several CTAs, or slices beyond the registers, at a few
@@ -59,8 +44,7 @@ struct Limits {
   int cluster = kMaxCluster;  // CTAs; 0: no clusters
   int tickets = kMaxTickets;  // CTAs of a row without a cluster; 0: always clusters
   int threads = kMaxThreads;
-  int steps = 1 << 10;                         // of a slice: 256 columns each
-  int persistent = kPersistent ? 1 << 30 : 0;  // clusters, of those that are persistent
+  int steps = 1 << 10;  // a slice has, 256 columns each
 };
 void set_limits(const Limits& limits);
 
@@ -93,7 +77,7 @@ inline int64_t row_time(int64_t steps, int pair_bytes, int parts, int threads) {
 // memory.
 inline Plan choose(int64_t N, int64_t vocab_size, int pair_bytes, const Device& device,
                    const Limits& limits) {
-  constexpr int kColumns = 256;  // of a step
+  constexpr int kColumns = 256;  // a step has
   Plan plan;
   plan.error = device.error;
   if (plan.error != nullptr) return plan;
@@ -134,17 +118,10 @@ inline Plan choose(int64_t N, int64_t vocab_size, int pair_bytes, const Device& 
   while (plan.threads / 2 >= 32 && int64_t{plan.threads / 2 / 32} * plan.parts >= steps) {
     plan.threads /= 2;
   }
-  const int64_t clusters = std::min<int64_t>(best_active, limits.persistent);
-  const int64_t longest = (steps + plan.parts - 1) / plan.parts;
-  const int64_t stage = longest * kColumns * 4 + 16;  // float32, and what misalignment adds
-  if (best_active > 0 && clusters > 0 && N > clusters && 2 * stage <= device.stage_bytes) {
-    plan.clusters = static_cast<int>(clusters);
-    plan.stage = static_cast<int>(stage);
-  }
   return plan;
 }
 
-// Of a call on the current device.
+// The plan of a call on the current device.
 Plan plan(const DenseRows& call);
 
 }  // namespace fastkd::cuda

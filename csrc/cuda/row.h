@@ -1,7 +1,6 @@
 // What the cores of a row share (fast.h, careful.h, flat.h): its arguments, its slice,
 // the sums over all its CTAs, and what is written of it besides the gradient proper.
 #pragma once
-#include "decoupled.h"
 #include "select.h"
 
 namespace fastkd::cuda {
@@ -12,19 +11,20 @@ struct RowArguments {
   View student, teacher, dstudent;
   float soft_weight, hard_weight, target_weight, student_inverse;
   float teacher_inverse;  // times ln 2 where the teacher's logits are log2 of its probabilities
-  float at_label;  // what the gradient there has besides: of the hard term, of the label set apart
-  float beta;      // of a mixture
+  float at_label;  // what the gradient has at the label alone, of the hard term and of its own term
+  float beta;      // the teacher's share of a mixture
   int vocab, keep;
   int begin, end;  // the slice of this CTA, in steps
-  int longest;     // slice of the row; with a tail, more than the registers of any CTA hold
+  int longest;     // slice of the row, in steps; with a tail, more than any registers hold
   int label;       // -1: no class
   bool has_soft, has_hard;
   bool has_tail;   // a hard term, and classes from vocab on, which the student has alone
   bool decoupled;  // the soft term leaves out the label
   bool pruned;
-  bool matches_logits;  // T is large: the soft term is that of flat.h, where logits are not
-  // Of the student's exponentials in the soft term, the one that makes them those of the hard term,
-  // which are at T = 1 and over all classes: T, where that is 1, 2, 3 or 4; 0: none.
+  bool is_flat;  // T is large: the soft term is that of flat.h, where logits are not
+  // exp(z) = exp(z / T)^T: for a student's T of 1 to 4 the hard term takes this power of the soft
+  // term's exponentials, and has none of its own. 0: it has, for T is another, or not the same
+  // classes are in both terms.
   int power;
 
   __device__ bool is_skipped() const {
@@ -32,8 +32,8 @@ struct RowArguments {
   }
 };
 
-// 1 / T of rows that are left to flat.h: from there on it is the more exact one.
-constexpr float kMatchesLogits = 1e-3f;
+// The largest 1 / T of rows that are left to flat.h: from there on it is the more exact one.
+constexpr float kFlatInverse = 1e-3f;
 
 // Where part `rank` of `size` begins.
 __device__ __forceinline__ int share(int all, int rank, int size) {
@@ -77,8 +77,8 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   if (a.has_tail) a.longest = 1 << 30;
   a.decoupled = call.target_weight != nullptr;
   a.pruned = a.has_soft && a.keep < vocab;
-  a.matches_logits = a.has_soft && !a.decoupled && a.student_inverse <= kMatchesLogits &&
-                     a.student_inverse == vector(call.teacher_inv_temperature);
+  a.is_flat = a.has_soft && !a.decoupled && a.student_inverse <= kFlatInverse &&
+              a.student_inverse == vector(call.teacher_inv_temperature);
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
     const bool same = a.has_hard && a.has_soft && !a.has_tail && !a.pruned && !a.decoupled &&
@@ -88,21 +88,12 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   return a;
 }
 
-// The row after this one, of a CTA that works on several.
-struct Ahead {
-  RowArguments arguments;  // of `row`
-  int row;
-  int staged;        // the row whose slices are in the stage or on their way; -1: none
-  unsigned fetches;  // so far
-  uint64_t barrier;  // a phase for each of them
-};
-
-// Of a row with a sparse teacher; see sparse.h.
-struct TopkShared {
-  float teacher_frame, student_frame;  // in which both sides' sums are about 1
-  Pair others;                         // all classes outside, of a bucket
+// What the CTAs' threads share of a row with a sparse teacher; see sparse.h.
+struct SparseShared {
+  float teacher_offset, student_offset;  // in which both sides' sums are about 1
+  Pair outside;                          // all classes outside, of a bucket
   bool valid, forbidden;
-  float frame, sum;  // of the student's exponentials at T = 1 over all classes
+  float offset, sum;  // the student's exponentials at T = 1 over all classes
   Combination gradient;
   float lead, other;  // the second sums
   bool near;          // q is over all classes, most of it in those that the teacher names
@@ -110,17 +101,14 @@ struct TopkShared {
 
 struct RowShared {
   RowArguments arguments;
-  Ahead ahead;  // persistent clusters
   Sums warps[kMaxWarps];
   Sums total;
-  Divergence divergence;
-  Binary target;          // of a decoupled row
+  SoftTerm divergence;
+  Binary target;          // a decoupled row's term of the label
   float target_at_label;  // the gradient there
-  TopkShared topk;
+  SparseShared sparse;
   SelectShared select;
 };
-
-constexpr float kNaN = __builtin_nanf("");
 
 template <class Exchange>
 class Row {
@@ -146,94 +134,25 @@ class Row {
   __device__ bool has_tail() const { return fresh(a.has_tail); }
   __device__ bool decoupled() const { return fresh(a.decoupled); }
   __device__ bool pruned() const { return fresh(a.pruned); }
-  __device__ bool matches_logits() const { return fresh(a.matches_logits); }
+  __device__ bool is_flat() const { return fresh(a.is_flat); }
   __device__ int power() const { return fresh(a.power); }
   __device__ View student() const { return View::again(a.student); }
   __device__ View teacher() const { return View::again(a.teacher); }
   __device__ View dstudent() const { return View::again(a.dstudent); }
 
-  // The first row's arguments; by the whole CTA.
+  // Finds the row's arguments; by the whole CTA.
   __device__ void start() {
     if (threadIdx.x == 0) {
       shared.target_at_label = 0;
       shared.arguments = row_arguments(call, exchange.row(), exchange.rank(), exchange.size());
-      if constexpr (Exchange::kSeveralRows) {
-        shared.ahead.row = shared.ahead.staged = -1;
-        shared.ahead.fetches = 0;
-        exchange.make_barrier(&shared.ahead.barrier);
-      }
     }
     __syncthreads();
-  }
-  // Whether there is a next one; then this is it.
-  __device__ bool next() {
-    if constexpr (Exchange::kSeveralRows) {
-      const int row = exchange.next_row();
-      if (row < 0) return false;
-      __syncthreads();  // all are done with this one
-      if (threadIdx.x == 0) {
-        look_ahead(row);
-        shared.arguments = shared.ahead.arguments;
-        exchange.begin(row);
-      }
-      __syncthreads();
-      return true;
-    }
-    return false;
-  }
-  // By one thread.
-  __device__ void look_ahead(int row) {
-    if (shared.ahead.row == row) return;
-    shared.ahead.row = row;
-    shared.ahead.arguments = row_arguments(call, row, exchange.rank(), exchange.size());
-  }
-  // Whether this row's slices are in the stage, after a wait for them.
-  __device__ bool is_staged() const {
-    if (fresh(shared.ahead.staged) != exchange.row()) return false;
-    exchange.wait(&shared.ahead.barrier, (fresh(shared.ahead.fetches) - 1) & 1);
-    return true;
-  }
-  // A row of which the stage has this slice, where one in global memory would have it.
-  __device__ View staged(View view, int which) const {
-    view.data = exchange.stage(which) + view.misaligned_bytes() -
-                (address_of(view, begin() * kStep) - view.data);
-    return view;
-  }
-  // Sends for the slices of the row looked ahead to: the aligned blocks inside it, and around the
-  // slice those that others have a part of. By one thread, when nobody reads the stage any more.
-  __device__ void fetch() {
-    Ahead& ahead = shared.ahead;
-    const RowArguments& next = ahead.arguments;
-    if (next.is_skipped() || next.label < 0 || next.matches_logits || next.has_tail) return;
-    const auto each = [&](const auto& fn) {
-      for (int which = 0; which < 2; ++which) {
-        const View& view = which == 0 ? next.student : next.teacher;
-        const unsigned off = view.misaligned_bytes();
-        const char* slice = address_of(view, next.begin * kStep) - off;
-        const char* from = slice + (next.begin == 0 && off != 0 ? 16 : 0);
-        const char* end = address_of(view, next.end * kStep) - off + (off != 0 ? 16 : 0);
-        const char* row_end = address_of(view, view.columns);
-        row_end -= reinterpret_cast<uintptr_t>(row_end) % 16;
-        if (row_end < end) end = row_end;
-        if (from < end) {
-          fn(exchange.stage(which) + (from - slice), from, static_cast<unsigned>(end - from));
-        }
-      }
-    };
-    unsigned bytes = 0;
-    each([&](char*, const char*, unsigned size) { bytes += size; });
-    exchange.expect(&ahead.barrier, bytes);
-    each([&](char* to, const char* from, unsigned size) {
-      exchange.copy(to, from, size, &ahead.barrier);
-    });
-    ahead.staged = ahead.row;
-    ++ahead.fetches;
   }
 
   __device__ bool is_skipped() const { return a.is_skipped(); }
   __device__ bool wants_gradient() const { return call.dstudent.data != nullptr; }
 
-  // And the target term that set_target() found.
+  // The row's terms; that of the label set apart is in shared memory, where set_target() left it.
   __device__ void write_terms(float soft, float hard) const {
     if (exchange.rank() != 0 || threadIdx.x != 0) return;
     static_cast<float*>(call.soft)[exchange.row()] = has_soft() ? soft : 0.0f;
@@ -241,7 +160,7 @@ class Row {
     if (decoupled()) static_cast<float*>(call.target)[exchange.row()] = shared.target.divergence;
   }
 
-  // A row of which nothing has to be computed.
+  // Writes a row of which nothing has to be computed: 0 everywhere, or NaN.
   __device__ void write_row(float terms, float gradient) {
     if (threadIdx.x == 0) shared.target.divergence = terms;
     write_terms(terms, terms);
@@ -259,37 +178,19 @@ class Row {
   __device__ void fill_slice(float value) const {
     fill(dstudent(), begin() * kStep, min(end() * kStep, vocab()), value);
   }
-  // Of the classes from vocab on each CTA has a share.
+  // Where part `rank`'s share of the classes from vocab on begins.
+  __device__ int beyond(int rank) const {
+    return vocab() + share(static_cast<int>(call.student.width) - vocab(), rank, exchange.size());
+  }
   __device__ void fill_beyond(float value = 0) const {
     const int width = static_cast<int>(call.dstudent.width) - vocab();
     if (width != 0) fill(dstudent(), beyond(exchange.rank()), beyond(exchange.rank() + 1), value);
   }
 
-  // fn(column, logit) for the tail's columns of this CTA, by the same threads in every call.
-  template <class Fn>
-  __device__ void each_of_tail(const Fn& fn) const {
-    const View view = student();
-    const int end = beyond(exchange.rank() + 1), threads = static_cast<int>(blockDim.x);
-    for (int column = beyond(exchange.rank()) + static_cast<int>(threadIdx.x); column < end;
-         column += threads) {
-      fn(column, load_single(view, column));
-    }
-  }
-  // The gradient there, of the hard term alone, whose softmax is factor * exponential(logit).
-  template <class Exponential>
-  __device__ void write_tail(float factor, float at_label, const Exponential& exponential) const {
-    if (!has_tail() || hard_weight() == 0) return fill_beyond();
-    each_of_tail([&](int column, float logit) {
-      float values[kPerLane] = {};
-      values[0] = column == label() ? at_label : hard_weight() * factor * exponential(logit);
-      store_single(dstudent(), column, pack(dstudent().dtype, values).first.x);
-    });
-  }
-
   // Whether nothing but NaN can be said of the gradient.
-  template <Mode kMode>
+  template <Divergence kDivergence>
   __device__ bool is_lost(float soft, float hard) const {
-    const bool infinite = kMode == Mode::kReverse && soft == kInf;
+    const bool infinite = kDivergence == Divergence::kReverse && soft == kInf;
     return ((soft_weight() != 0 || target_weight() != 0) && (soft != soft || infinite)) ||
            (hard_weight() != 0 && hard != hard);
   }
@@ -337,12 +238,12 @@ class Row {
   }
   // Where a lane has the label of a decoupled row among its 8 columns of a step, or a number
   // outside.
-  __device__ int left_out(int step) const {
+  __device__ int apart_index(int step) const {
     return decoupled() && label() / kStep == step ? student().index(step, label()) : -1;
   }
 
-  // Sums over the row of what each warp has, in the frames of the row's maxima; in shared memory,
-  // until the next call. `finish(sums)` runs on them once.
+  // Sums over the row of what each warp has, moved to the row's offsets, the largest of the warps';
+  // they stay in shared memory until the next call. `finish(sums)` runs on them once.
   template <class Finish>
   __device__ const Sums& total(const Sums& warp_sums, const Finish& finish) {
     if (lane() == 0) shared.warps[warp()] = warp_sums;
@@ -360,10 +261,16 @@ class Row {
     return shared.total;
   }
 
-  // -log softmax(student)[label], from a sum of 2^(logit scale - frame) to the power.
-  __device__ float hard_term(float sum, float frame, float scale, float logit, int power) const {
+  // The same of sums that have names of their own; see MixtureSums.
+  template <class Named>
+  __device__ Named total_of(const Named& mine) {
+    return Named::of(total(mine.packed(), [](Sums&) {}));
+  }
+
+  // -log softmax(student)[label], from a sum of 2^(logit scale - offset) to the power.
+  __device__ float hard_term(float sum, float offset, float scale, float logit, int power) const {
     if (!(sum > 0)) return kNaN;
-    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -frame) * kLn2;
+    return logf(sum) - static_cast<float>(power) * fmaf(logit, scale, -offset) * kLn2;
   }
 
   // The label's share of the gradient, before it is rounded for the store: the two nearly cancel.
@@ -386,10 +293,6 @@ class Row {
     const int first = in_tail ? beyond(exchange.rank()) : begin() * kStep;
     const int last = in_tail ? beyond(exchange.rank() + 1) : end() * kStep;
     return threadIdx.x == 0 && label() >= first && label() < last;
-  }
-  // Where the share of part `rank` begins.
-  __device__ int beyond(int rank) const {
-    return vocab() + share(static_cast<int>(call.student.width) - vocab(), rank, exchange.size());
   }
 
   const RowArguments& a;

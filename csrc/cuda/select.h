@@ -31,7 +31,7 @@ __device__ inline void merge(Exchange& exchange, unsigned* histogram) {
   for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += static_cast<int>(blockDim.x)) {
     unsigned total = 0;
     for (int part = 0; part < size; ++part) total += exchange.bin(histogram, part, i);
-    exchange.set_bin(histogram, i, total);  // of this CTA's histogram only this CTA reads it
+    exchange.set_bin(histogram, i, total);  // only this CTA reads these bins of its histogram
   }
   exchange.barrier();
 }

@@ -3,26 +3,19 @@
 // teacher names, each by the CTA that has its column, and the gradient. Formulas: fastkd/spec.py.
 #pragma once
 #include "held.h"
+#include "kernels.h"
+#include "tail.h"
 
 namespace fastkd::cuda {
 
-// Of a call; see SparseRows.
-struct SparseTeacher {
-  const int64_t* ids = nullptr;
-  const float* log_probs = nullptr;
-  const float* log_rest = nullptr;
-  int64_t k = 0;
-  bool restricted = false;
-};
-
 // kHeld: in registers; else the slice is read again for each step.
 template <class Exchange, bool kHeld>
-class SparseRow : Slice<Exchange, false> {
+class SparseRow : HeldSlice<Exchange, false> {
  public:
   __device__ SparseRow(Row<Exchange>& row, const SparseTeacher& teacher)
-      : Slice<Exchange, false>(row),
+      : HeldSlice<Exchange, false>(row),
         teacher_(teacher),
-        shared_(row.shared.topk),
+        shared_(row.shared.sparse),
         named_(row.shared.select.histogram),
         ids_(teacher.ids + row.exchange.row() * teacher.k),
         log_probs_(teacher.log_probs + row.exchange.row() * teacher.k),
@@ -43,7 +36,7 @@ class SparseRow : Slice<Exchange, false> {
       if (row_.has_soft()) normalise(sums);
     });
     Sums parts;
-    parts.lead_frame = parts.other_frame = parts.hard_frame = 0;
+    parts.lead_offset = parts.other_offset = parts.hard_offset = 0;
     if (row_.has_soft()) sum_pairs(parts, total);
     if (row_.has_tail()) sum_tail(parts, total);
     const Sums second = row_.total(parts, [&](Sums& sums) { finish(total, sums); });
@@ -54,21 +47,21 @@ class SparseRow : Slice<Exchange, false> {
     }
     const float soft = row_.has_soft() ? fresh(row_.shared.divergence.value) : 0;
     float hard = 0;
-    if (row_.has_hard()) hard = row_.hard_term(sum(), frame(), kLog2E, total.label, 1);
+    if (row_.has_hard()) hard = row_.hard_term(sum(), offset(), kLog2E, total.label, 1);
     if (row_.wants_gradient() && row_.hard_weight() != 0) {
-      const float label = exp2_approx(fmaf(total.label, kLog2E, -frame()));
+      const float label = exp2_approx(fmaf(total.label, kLog2E, -offset()));
       float besides = 1 - label / sum();
       if (besides < 0.25f) {  // else the roundings of the sum are small beside it
         parts.hard = sum_besides_label();
         __syncthreads();
-        const float others = row_.total(parts, [](Sums&) {}).hard;
-        besides = others / (others + label);
+        const float rest_of_sum = row_.total(parts, [](Sums&) {}).hard;
+        besides = rest_of_sum / (rest_of_sum + label);
       }
       hard_at_label_ = row_.hard_weight() * -besides;
     }
     row_.write_terms(soft, hard);
     if (!row_.wants_gradient()) return;
-    if (row_.template is_lost<Mode::kForward>(soft, hard)) {
+    if (row_.template is_lost<Divergence::kForward>(soft, hard)) {
       row_.fill_slice(kNaN);
     } else {
       const bool puts_back = row_.soft_weight() != 0;
@@ -76,20 +69,20 @@ class SparseRow : Slice<Exchange, false> {
       __syncthreads();
       write_classes(total, puts_back);
     }
-    row_.write_tail(1 / sum(), hard_at_label_,
-                    [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -frame())); });
+    write_tail(row_, 1 / sum(), hard_at_label_,
+               [&](float logit) { return exp2_approx(fmaf(logit, kLog2E, -offset())); });
   }
 
  private:
-  using Base = Slice<Exchange, false>;
+  using Base = HeldSlice<Exchange, false>;
   using Base::row_;
   static constexpr int kMarked = kBins * 32 / kStep;  // steps whose columns have a bit each
 
   __device__ float sum() const { return fresh(shared_.sum); }
-  __device__ float frame() const { return fresh(shared_.frame); }
+  __device__ float offset() const { return fresh(shared_.offset); }
   __device__ float student_scale() const { return row_.student_inverse() * kLog2E; }
   __device__ float teacher_scale() const { return row_.teacher_inverse() * kLog2E; }
-  __device__ static float used(float frame) { return frame > -kInf ? frame : 0; }
+  __device__ static float used(float offset) { return offset > -kInf ? offset : 0; }
 
   // --- the row's columns
 
@@ -107,7 +100,7 @@ class SparseRow : Slice<Exchange, false> {
     });
     __syncthreads();
   }
-  // Of the lane's 8 columns of a step.
+  // Which of the lane's 8 columns of a step the teacher names, a bit each.
   __device__ unsigned named(int marked, int step) const {
     const View view = row_.student();
     const int first = view.first(step) - marked * kStep,
@@ -159,7 +152,7 @@ class SparseRow : Slice<Exchange, false> {
         }
       });
       if (!wanted) continue;
-      const float frame = warp_max(max) * scale, base = used(frame);
+      const float offset = warp_max(max) * scale, base = used(offset);
       float sum = 0;
       each_step(outside, [&](int, const float* logits, unsigned named) {
         float few = 0;
@@ -171,10 +164,10 @@ class SparseRow : Slice<Exchange, false> {
         sum += few;
       });
       sum = warp_sum(sum);
-      (at_one ? sums.hard_frame : sums.other_frame) = frame;
+      (at_one ? sums.hard_offset : sums.other_offset) = offset;
       (at_one ? sums.hard : sums.other) = sum;
     }
-    // In the sum over the teacher's classes, which is part of the soft term alone.
+    // A NaN goes into the sum over the named classes, which is part of the soft term alone.
     sums.lead = warp_sum(nan ? kNaN : 0.0f);
   }
   // The hard term has the same exponentials as the soft one.
@@ -200,19 +193,19 @@ class SparseRow : Slice<Exchange, false> {
     });
   }
 
-  // A sum of 2^(x scale - frame), in the frame of its maximum.
+  // A sum of 2^(x scale - offset), whose offset is the largest x scale so far.
   struct Online {
-    float scale, frame = -kInf, sum = 0;
+    float scale, offset = -kInf, sum = 0;
     __device__ void add(float x) {
       if (x == -kInf) return;
-      const float higher = fmaxf(frame, x * scale);
-      sum = sum * exp2_approx(frame - higher) + exp2_approx(fmaf(x, scale, -higher));
-      frame = higher;
+      const float higher = fmaxf(offset, x * scale);
+      sum = sum * exp2_approx(offset - higher) + exp2_approx(fmaf(x, scale, -higher));
+      offset = higher;
     }
     __device__ void over_warp() {
-      const float highest = warp_max(frame);
-      sum = warp_sum(frame > -kInf ? sum * exp2_approx(frame - highest) : sum);
-      frame = highest;
+      const float highest = warp_max(offset);
+      sum = warp_sum(offset > -kInf ? sum * exp2_approx(offset - highest) : sum);
+      offset = highest;
     }
   };
 
@@ -223,100 +216,101 @@ class SparseRow : Slice<Exchange, false> {
       if (!whole_) q.add(logit);
     });
     p.over_warp();
-    sums.lead_frame = p.frame;
+    sums.lead_offset = p.offset;
     sums.lead += p.sum;
     if (whole_) return;
     q.over_warp();
-    sums.other_frame = q.frame;
+    sums.other_offset = q.offset;
     sums.other = q.sum;
   }
 
-  // By one thread: the frames of the second sums, in which nothing cancels where both sides agree,
+  // By one thread: the offsets of the second sums, in which nothing cancels where both sides agree,
   // and what is outside.
   __device__ void normalise(const Sums& total) {
-    float teacher = total.lead, teacher_frame = total.lead_frame;
-    float student = total.other, student_frame = total.other_frame;
-    const auto add = [](float& sum, float& frame, float log) {
+    float teacher = total.lead, teacher_offset = total.lead_offset;
+    float student = total.other, student_offset = total.other_offset;
+    const auto add = [](float& sum, float& offset, float log) {
       if (log == -kInf) return;
-      const float higher = fmaxf(frame, log);
-      sum = (frame > -kInf ? sum * exp2_approx(frame - higher) : sum) + exp2_approx(log - higher);
-      frame = higher;
+      const float higher = fmaxf(offset, log);
+      sum = (offset > -kInf ? sum * exp2_approx(offset - higher) : sum) + exp2_approx(log - higher);
+      offset = higher;
     };
-    float log_rest = -kInf, log_others = -kInf;
+    float log_rest = -kInf, log_outside = -kInf;
     if (bucket_) {
       log_rest = teacher_.log_rest[row_.exchange.row()] * teacher_scale();
       if (total.hard != 0) {
-        log_others = (total.hard_frame + logf(total.hard) * kLog2E) * row_.student_inverse();
+        log_outside = (total.hard_offset + logf(total.hard) * kLog2E) * row_.student_inverse();
       }
-      add(teacher, teacher_frame, log_rest);
-      add(student, student_frame, log_others);
+      add(teacher, teacher_offset, log_rest);
+      add(student, student_offset, log_outside);
     }
     shared_.valid = teacher > 0 && student > 0;
-    shared_.teacher_frame = teacher_frame + logf(teacher) * kLog2E;
-    shared_.student_frame = student_frame + logf(student) * kLog2E;
-    float apart = 0;  // of what the exponents are made of, where T is the same
-    if (log_others > -kInf) {
+    shared_.teacher_offset = teacher_offset + logf(teacher) * kLog2E;
+    shared_.student_offset = student_offset + logf(student) * kLog2E;
+    float apart = 0;  // how far the logits are apart, where T is the same
+    if (log_outside > -kInf) {
       apart =
-          teacher_.log_rest[row_.exchange.row()] - fmaf(total.hard_frame, kLn2, logf(total.hard));
+          teacher_.log_rest[row_.exchange.row()] - fmaf(total.hard_offset, kLn2, logf(total.hard));
     }
-    shared_.others =
-        pair(log_rest - shared_.teacher_frame, log_others - shared_.student_frame, apart);
-    shared_.forbidden = log_others == -kInf && log_rest > -kInf;
+    shared_.outside =
+        pair(log_rest - shared_.teacher_offset, log_outside - shared_.student_offset, apart);
+    shared_.forbidden = log_outside == -kInf && log_rest > -kInf;
   }
 
   // One class, from base-2 logarithms, and from what its logits are `apart`: these keep their
-  // digits where T is large. How far the frames are apart is rounded, but the same for all.
+  // digits where T is large. How far the offsets are apart is rounded, but the same for all.
   __device__ Pair pair(float teacher, float student, float apart) const {
     const bool direct = row_.teacher_inverse() == row_.student_inverse() && fabsf(apart) < kInf;
-    const float frames = (fresh(shared_.student_frame) - fresh(shared_.teacher_frame)) * kLn2;
+    const float offsets = (fresh(shared_.student_offset) - fresh(shared_.teacher_offset)) * kLn2;
     const float x =
-        direct ? fmaf(apart, row_.student_inverse(), frames) : (teacher - student) * kLn2;
+        direct ? fmaf(apart, row_.student_inverse(), offsets) : (teacher - student) * kLn2;
     return pair_of(exp2_approx(teacher), exp2_approx(student), x);
   }
   __device__ Pair pair_at(float log_prob, float logit) const {
-    return pair(fmaf(log_prob, teacher_scale(), -fresh(shared_.teacher_frame)),
-                fmaf(logit, student_scale(), -fresh(shared_.student_frame)), log_prob - logit);
+    return pair(fmaf(log_prob, teacher_scale(), -fresh(shared_.teacher_offset)),
+                fmaf(logit, student_scale(), -fresh(shared_.student_offset)), log_prob - logit);
   }
 
-  // At T = 1 a bucket's hard term needs the classes inside as well, in this frame.
-  __device__ float common_frame(const Sums& total) const {
-    const float inside = bucket_ ? total.other_frame / row_.student_inverse() : -kInf;
-    return used(fmaxf(total.hard_frame, inside));
+  // The offset of the hard term's sum: with a bucket, that of the named classes at T = 1 as well.
+  __device__ float common_offset(const Sums& total) const {
+    const float named = bucket_ ? total.other_offset / row_.student_inverse() : -kInf;
+    return used(fmaxf(total.hard_offset, named));
   }
 
   __device__ void sum_pairs(Sums& sums, const Sums& total) const {
-    const float frame = common_frame(total);
+    const float offset = common_offset(total);
     each_own([&](float log_prob, float logit, int) {
       add(sums, pair_at(log_prob, logit));
       sums.forbidden += logit == -kInf && log_prob > -kInf ? 1.0f : 0.0f;
-      if (bucket_ && row_.has_hard()) sums.hard += exp2_approx(fmaf(logit, kLog2E, -frame));
+      if (bucket_ && row_.has_hard()) sums.hard += exp2_approx(fmaf(logit, kLog2E, -offset));
     });
     sum_over_warp(sums);
   }
 
-  // Of the tail, to what there is of the hard term; from here on in a frame of the warp.
+  // Adds the tail to what there is of the hard term, whose offset is the warp's own from here on.
   __device__ void sum_tail(Sums& sums, const Sums& total) const {
     Online tail{kLog2E};
-    row_.each_of_tail([&](int, float logit) { tail.add(logit); });
+    each_of_tail(row_, [&](int, float logit) { tail.add(logit); });
     tail.over_warp();
-    sums.hard_frame = sums.hard == 0 ? -kInf : common_frame(total);
-    join(sums.hard, sums.hard_frame, tail.sum, tail.frame);
+    sums.hard_offset = sums.hard == 0 ? -kInf : common_offset(total);
+    join(sums.hard, sums.hard_offset, tail.sum, tail.offset);
   }
-  // Adds a sum to one in another frame, -inf where it is 0.
-  __device__ static void join(float& sum, float& frame, float other, float other_frame) {
-    const float higher = fmaxf(frame, other_frame);
-    sum = sum * exp2_approx(frame - used(higher)) + other * exp2_approx(other_frame - used(higher));
-    frame = higher;
+  // Adds a sum with another offset; a sum that is 0 has -inf.
+  __device__ static void join(float& sum, float& offset, float other, float other_offset) {
+    const float higher = fmaxf(offset, other_offset);
+    sum =
+        sum * exp2_approx(offset - used(higher)) + other * exp2_approx(other_offset - used(higher));
+    offset = higher;
   }
 
   // By one thread: the divergence, what its gradient is made of, and the hard term's sum.
   __device__ void finish(const Sums& total, Sums& sums) {
     if (row_.has_soft()) {
-      if (bucket_) add(sums, shared_.others);
+      if (bucket_) add(sums, shared_.outside);
       shared_.lead = whole_ ? -1 : sums.lead;  // q may be of more classes than these
       shared_.other = sums.other;
       float value;
-      if (whole_) {  // q is what it is; p ln(p / q) - p + q of the others adds up to their q
+      if (whole_) {  // q is what it is; p ln(p / q) - p + q of those outside adds up to their q
         value = fmaxf(sums.excess + (1 - sums.other), 0.0f);
         shared_.gradient = Combination(1, 1, 0);
       } else {
@@ -332,15 +326,15 @@ class SparseRow : Slice<Exchange, false> {
     }
     if (row_.has_tail()) {
       float sum = shares() ? total.other : total.hard;
-      float frame = shares() ? total.other_frame : total.hard_frame;
-      join(sum, frame, sums.hard, sums.hard_frame);
-      shared_.sum = sum, shared_.frame = used(frame);
+      float offset = shares() ? total.other_offset : total.hard_offset;
+      join(sum, offset, sums.hard, sums.hard_offset);
+      shared_.sum = sum, shared_.offset = used(offset);
       return;
     }
-    shared_.frame = shares() ? total.other_frame : common_frame(total);
+    shared_.offset = shares() ? total.other_offset : common_offset(total);
     float sum = shares() ? total.other : total.hard;
     if (bucket_) {
-      const float down = used(total.hard_frame) - shared_.frame;
+      const float down = used(total.hard_offset) - shared_.offset;
       sum = sums.hard + (sum == 0 ? 0 : sum * exp2_approx(down));
     }
     shared_.sum = sum;
@@ -348,13 +342,13 @@ class SparseRow : Slice<Exchange, false> {
 
   // By one thread: the divergence of what has been summed, all classes of both sides.
   __device__ float normalised(Sums& sums) {
-    const Divergence soft = divergence(sums);
+    const SoftTerm soft = divergence(sums);
     const float p = 1 / sums.lead, q = 1 / sums.other;
     const bool alike = fabsf(soft.ratio) < 0.5f;
     shared_.gradient = Combination(q, p, alike ? -p * soft.ratio / (1 + soft.ratio) : q - p);
     return soft.value;
   }
-  // The same where q is over all classes, of which those outside have so much in the second frame.
+  // The same where q is over all classes: the sum over those outside is `outside`.
   __device__ void finish_near(Sums sums, float outside) {
     const bool is_finite = row_.shared.divergence.value < kInf;
     sums.other += outside;
@@ -365,7 +359,7 @@ class SparseRow : Slice<Exchange, false> {
     shared_.other = sums.other;
   }
   __device__ __forceinline__ float sum_outside() {
-    const float scale = student_scale(), base = fresh(shared_.student_frame);
+    const float scale = student_scale(), base = fresh(shared_.student_offset);
     float sum = 0;
     each_step(true, [&](int, const float* logits, unsigned named) {
       float few = 0;
@@ -378,9 +372,9 @@ class SparseRow : Slice<Exchange, false> {
     });
     return warp_sum(sum);
   }
-  // At T = 1.
+  // The exponentials of all classes but the label, at T = 1.
   __device__ __forceinline__ float sum_besides_label() {
-    const float base = frame();
+    const float base = offset();
     float sum = 0;
     each_step(false, [&](int step, const float* logits, unsigned) {
       const int label = label_index(step);
@@ -393,7 +387,7 @@ class SparseRow : Slice<Exchange, false> {
       sum += few;
     });
     if (row_.has_tail()) {
-      row_.each_of_tail([&](int column, float logit) {
+      each_of_tail(row_, [&](int column, float logit) {
         sum += column == row_.label() ? 0.0f : exp2_approx(fmaf(logit, kLog2E, -base));
       });
     }
@@ -405,13 +399,13 @@ class SparseRow : Slice<Exchange, false> {
 
   // --- the gradient
 
-  // q - p; exact of a class that is all there is.
+  // q - p, exactly 0 for a class that is all there is.
   __device__ float difference(const Pair& p) const {
     if (p.lead == shared_.lead && p.other == shared_.other) return 0;
     return shared_.gradient(p.difference, p.other, p.lead);
   }
 
-  // Of the classes named, where write_classes() will find it.
+  // Writes the gradient of the named classes, where write_classes() will find it.
   __device__ void write_named() const {
     const float weight = row_.soft_weight() * row_.student_inverse();
     const float hard = row_.hard_weight() == 0 ? 0 : row_.hard_weight() / sum();
@@ -419,7 +413,7 @@ class SparseRow : Slice<Exchange, false> {
       float gradient = logit > -kInf ? weight * difference(pair_at(log_prob, logit)) : 0;
       if (hard != 0) {
         gradient += column == row_.label() ? hard_at_label_
-                                           : hard * exp2_approx(fmaf(logit, kLog2E, -frame()));
+                                           : hard * exp2_approx(fmaf(logit, kLog2E, -offset()));
       }
       const float values[kPerLane] = {gradient};
       store_single(row_.dstudent(), column, pack(row_.dstudent().dtype, values).first.x);
@@ -430,29 +424,29 @@ class SparseRow : Slice<Exchange, false> {
   // the same.
   __device__ __forceinline__ void write_classes(const Sums& total, bool puts_back) {
     const float weight = row_.soft_weight() * row_.student_inverse();
-    float scale = kLog2E, base = frame(), factor = 0, of_soft = 0, hard = 0;
+    float scale = kLog2E, base = offset(), factor = 0, of_soft = 0, hard = 0;
     if (row_.hard_weight() != 0) hard = row_.hard_weight() / sum();
     if (whole_ && row_.soft_weight() != 0) {
-      scale = student_scale(), base = used(total.other_frame), factor = weight / total.other;
+      scale = student_scale(), base = used(total.other_offset), factor = weight / total.other;
       if (fresh(shared_.near)) {
-        base = fresh(shared_.student_frame), factor = weight / fresh(shared_.other);
+        base = fresh(shared_.student_offset), factor = weight / fresh(shared_.other);
       }
       of_soft = factor;
     } else if (bucket_ && row_.soft_weight() != 0) {
-      base = used(total.hard_frame);
+      base = used(total.hard_offset);
       if (total.hard > 0) {  // else there is no mass outside
-        of_soft = weight * difference(shared_.others) / total.hard;
-        factor = of_soft + hard * exp2_approx(base - frame());
+        of_soft = weight * difference(shared_.outside) / total.hard;
+        factor = of_soft + hard * exp2_approx(base - offset());
       }
       hard = 0;
     }
-    if (scale == kLog2E && base == frame()) factor += hard, hard = 0;
-    const float hard_base = frame();
+    if (scale == kLog2E && base == offset()) factor += hard, hard = 0;
+    const float hard_base = offset();
     float at_label = hard_at_label_;
     if (of_soft != 0) at_label += exp2_approx(fmaf(total.label, scale, -base)) * of_soft;
     each_step(puts_back, [&](int step, const float* logits, unsigned named) {
       float gradient[kPerLane] = {};
-      if (factor != 0) {  // else the frame may be no frame of theirs
+      if (factor != 0) {  // else the offset may be that of no logit here
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           gradient[j] = exp2_approx(fmaf(logits[j], scale, -base)) * factor;
@@ -486,7 +480,7 @@ class SparseRow : Slice<Exchange, false> {
   }
 
   const SparseTeacher& teacher_;
-  TopkShared& shared_;
+  SparseShared& shared_;
   unsigned* const named_;
   const int64_t* const ids_;
   const float* const log_probs_;

@@ -1,57 +1,65 @@
-// The sums a row's divergence is made of, their move from one frame to another, and the divergence.
-// `lead` is the distribution whose expectation is taken (the teacher's in KL(p || q), the student's
-// in KL(q || p)), `other` the second one. Formulas: fastkd/spec.py.
+// The sums a row's divergence is made of, their move from one offset to another, and the
+// divergence. `lead` is the distribution whose expectation is taken (the teacher's in KL(p || q),
+// the student's in KL(q || p)), `other` the second one; an offset is what is subtracted from logit
+// / T before the exponential. Formulas: fastkd/spec.py.
 #pragma once
 #include "load.h"
+#include "math.h"
 
 namespace fastkd::cuda {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-
-// Of some columns, with e = 2^(logit log2(e) / T - frame), x = ln e_lead - ln e_other and
-// phi(x) = x + exp(-x) - 1 >= 0. Moved between warps, CTAs and memory as vectors of 16 bytes.
+// The sums over some columns, with e = 2^(logit log2(e) / T - offset), x = ln e_lead - ln e_other,
+// and phi(x) = x + exp(-x) - 1 >= 0. Moved between warps, CTAs and memory as vectors of 16 bytes.
 struct alignas(16) Sums {
-  float lead_frame = -kInf, other_frame = -kInf;  // -inf: no finite logit, and no sum
-  float hard_frame = -kInf;
+  float lead_offset = -kInf, other_offset = -kInf;  // -inf: no finite logit, and no sum
+  float hard_offset = -kInf;
   float lead = 0;                         // sum e_lead
   float other = 0;                        // sum e_other
   float difference = 0;                   // sum (e_other - e_lead)
   float excess = 0;                       // sum e_lead phi(x)
   float cross = 0;                        // sum e_lead x
   float lead_moved = 0, other_moved = 0;  // see move()
-  float hard = 0;       // of the student's exponentials at T = 1 over all classes, see Row::power()
+  float hard = 0;       // the student's exponentials at T = 1 over all classes, see Row::power()
   float label = 0;      // the student's logit there, from whoever has it
   float forbidden = 0;  // columns with other = -inf < lead: the divergence is infinite
   float label_teacher = 0;  // what the teacher has at the label, as Row::teacher_label()
   float unused[2] = {};
 
-  static constexpr int kFrames = 3, kFields = 14;  // the frames come first
-  __device__ float* fields() { return &lead_frame; }
+  static constexpr int kOffsets = 3, kFields = 14;  // the offsets come first
+  __device__ float* fields() { return &lead_offset; }
 };
 constexpr int kSumsVectors = sizeof(Sums) / 16;
 
-// phi(x) / x^2 for |x| < 1/4, relative error 3e-8.
-__device__ __forceinline__ float phi_series(float x) {
-  float p = fmaf(x, 0.00139121595f, -0.00834884867f);
-  p = fmaf(x, p, 0.0416666120f);
-  p = fmaf(x, p, -0.166666418f);
-  return fmaf(x, p, 0.5f);
-}
+// What is added up besides has names of its own, and travels in fields of Sums: maxima in those of
+// the offsets, sums in the others, which are as they were where the offsets are the same in every
+// CTA.
+struct MixtureSums {
+  float from_teacher, from_student;  // KL(p || m), KL(q || m)
+  float log_q = 0;                   // sum q log_q, where that is wanted
 
-__device__ __forceinline__ float smaller_square(float x) { return fminf(fabsf(x), x * x); }
+  __device__ Sums packed() const {
+    Sums sums;
+    sums.lead_offset = sums.other_offset = 0;
+    sums.lead = from_teacher;
+    sums.other = from_student;
+    sums.cross = log_q;
+    return sums;
+  }
+  __device__ static MixtureSums of(const Sums& sums) { return {sums.lead, sums.other, sums.cross}; }
+};
 
-// Brings the sums to other frames, which are not below the old ones. The hard sum is of powers, 0
-// and 1 alike, of what is relative to its frame: their product would be rounded.
+// Brings the sums to other offsets, which are not below the old ones. The hard sum is of powers of
+// exponentials (see Row::power(); 0 is read as 1), and its offset that of the exponentials: as a
+// product it would have been rounded.
 //
 // The excess of columns that only seem to differ, because the maxima of their two sides do, is
 // large there and small after the move: it has lost what it was large against. lead_moved and
 // other_moved add up how much, so that a divergence small beside them is known to be inexact.
-__device__ inline void move(Sums& s, float lead_frame, float other_frame, float hard_frame,
+__device__ inline void move(Sums& s, float lead_offset, float other_offset, float hard_offset,
                             int power) {
-  const bool has_lead = s.lead_frame > -kInf, has_other = s.other_frame > -kInf;
-  const float down_lead = has_lead ? lead_frame - s.lead_frame : 0.0f;
-  const float down_other = has_other ? other_frame - s.other_frame : 0.0f;
+  const bool has_lead = s.lead_offset > -kInf, has_other = s.other_offset > -kInf;
+  const float down_lead = has_lead ? lead_offset - s.lead_offset : 0.0f;
+  const float down_other = has_other ? other_offset - s.other_offset : 0.0f;
   const float w_lead = exp2_approx(-down_lead), w_other = exp2_approx(-down_other);
   const float D = has_lead && has_other ? (down_other - down_lead) * kLn2 : 0.0f;
   const float lead = w_lead * s.lead, other = w_other * s.other;
@@ -69,56 +77,40 @@ __device__ inline void move(Sums& s, float lead_frame, float other_frame, float 
   s.lead = lead;
   s.other = other;
   s.cross = cross;
-  const float down_hard = s.hard_frame > -kInf ? hard_frame - s.hard_frame : 0.0f;
+  const float down_hard = s.hard_offset > -kInf ? hard_offset - s.hard_offset : 0.0f;
   s.hard *= exp2_approx(-down_hard * static_cast<float>(max(power, 1)));
 }
 
-// The sum of `count` parts, in the frames of their maxima, to `sum`; all of it in shared memory. By
-// one warp, in a fixed order. Loops, not shuffles: unrolled they were a quarter of a kernel.
+// The sum of `count` parts, moved to the largest of their offsets, to `sum`; all of it in shared
+// memory. By one warp, in a fixed order. Loops, not shuffles: unrolled they were a quarter of a
+// kernel.
 __device__ inline void combine(Sums* parts, int count, Sums& sum, int power) {
-  float lead_frame = -kInf, other_frame = -kInf, hard_frame = -kInf;
+  float lead_offset = -kInf, other_offset = -kInf, hard_offset = -kInf;
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
-    lead_frame = fmaxf(lead_frame, parts[i].lead_frame);
-    other_frame = fmaxf(other_frame, parts[i].other_frame);
-    hard_frame = fmaxf(hard_frame, parts[i].hard_frame);
+    lead_offset = fmaxf(lead_offset, parts[i].lead_offset);
+    other_offset = fmaxf(other_offset, parts[i].other_offset);
+    hard_offset = fmaxf(hard_offset, parts[i].hard_offset);
   }
   __syncwarp();
 #pragma unroll 1
   for (int i = lane(); i < count; i += kLanes)
-    move(parts[i], lead_frame, other_frame, hard_frame, power);
+    move(parts[i], lead_offset, other_offset, hard_offset, power);
   __syncwarp();
   // A lane for each field.
-  if (lane() >= Sums::kFrames && lane() < Sums::kFields) {
+  if (lane() >= Sums::kOffsets && lane() < Sums::kFields) {
     float total = 0;
 #pragma unroll 4
     for (int i = 0; i < count; ++i) total += parts[i].fields()[lane()];
     sum.fields()[lane()] = total;
   }
   if (lane() == 0) {
-    sum.lead_frame = lead_frame;
-    sum.other_frame = other_frame;
-    sum.hard_frame = hard_frame;
+    sum.lead_offset = lead_offset;
+    sum.other_offset = other_offset;
+    sum.hard_offset = hard_offset;
   }
   __syncwarp();
 }
-
-// a e_other - b e_lead as (e_other - e_lead) least + e_other of_other + e_lead of_lead, which keeps
-// what is left where the two nearly cancel. `gap`: a - b, to its own precision; of one sign both.
-struct Combination {
-  float least = 0, of_other = 0, of_lead = 0;
-
-  Combination() = default;
-  __device__ Combination(float a, float b, float gap) {
-    const bool larger = fabsf(a) >= fabsf(b);
-    least = larger ? b : a;
-    of_other = larger ? gap : 0;
-    of_lead = larger ? 0 : gap;
-  }
-  __device__ __forceinline__ float operator()(float difference, float other, float lead) const {
-    return fmaf(difference, least, fmaf(other, of_other, lead * of_lead));
-  }
-};
 
 // One column, from its exponentials and x = ln lead - ln other, as far as that is finite.
 struct Pair {
@@ -159,7 +151,7 @@ __device__ __forceinline__ void sum_over_warp(Sums& sums) {
 // apart would be 1e-5 of the gradient.
 constexpr float kNear = 0x1p-7f;
 
-// From the sum in the frame of the maximum, whether a class may be so large a part of this side
+// From the sum whose offset is the maximum, whether a class may be so large a part of this side
 // that its gradient is lost in its own rounding. That is 2^-22 of its share s, twice; all others
 // have (1 - s) / sqrt(vocab) at least.
 __device__ inline float sure_besides(int vocab) {  // (1 - s) / s
@@ -167,14 +159,14 @@ __device__ inline float sure_besides(int vocab) {  // (1 - s) / s
 }
 __device__ inline bool is_sure(float sum, int vocab) { return sum < 1 + sure_besides(vocab); }
 
-struct Divergence {
+struct SoftTerm {
   float value;      // unweighted; not of a mixture
   float ratio;      // Z_other / Z_lead - 1
-  float log_ratio;  // ln(Z_other / Z_lead), in the row's frames
-  bool exact;       // else the sums are to be had again, in frames that balance the two sides
+  float log_ratio;  // ln(Z_other / Z_lead) less the offsets
+  bool exact;       // else the sums are to be had again, with offsets that balance the two sides
 };
 
-__device__ inline Divergence divergence(Sums& sums) {
+__device__ inline SoftTerm divergence(Sums& sums) {
   // `other` and `difference` were rounded apart from each other: one has to follow.
   float ratio = sums.difference / sums.lead;  // Z_other / Z_lead - 1
   const bool alike = fabsf(ratio) < 0.5f;
@@ -183,7 +175,7 @@ __device__ inline Divergence divergence(Sums& sums) {
   } else {
     ratio = sums.other / sums.lead - 1;
   }
-  Divergence d;
+  SoftTerm d;
   d.ratio = ratio;
   d.log_ratio = alike ? log1pf(ratio) : logf(sums.other / sums.lead);
   float lost;
@@ -205,30 +197,6 @@ __device__ inline Divergence divergence(Sums& sums) {
   d.exact = d.value < kInf && lost <= 16 * d.value;  // false also for NaN
   d.value = fmaxf(d.value, 0.0f);
   return d;
-}
-
-// For y >= -1 and r = 1 + y, to its own precision where y is near -1: ln r, and r ln r - y >= 0
-// relative to its own size also where y is small; ln 0 is taken as ln of the smallest normal
-// number.
-struct LogTerms {
-  float log, excess;
-};
-__device__ __forceinline__ LogTerms log_terms(float y, float r) {
-  // ln(1 + y) = y - y^2 q(y), coefficients as for the CPU (csrc/cpu/math.h).
-  float q = -0.0873475952f;
-  q = fmaf(q, y, 0.14307497f);
-  q = fmaf(q, y, -0.149179918f);
-  q = fmaf(q, y, 0.165705125f);
-  q = fmaf(q, y, -0.199620709f);
-  q = fmaf(q, y, 0.250017551f);
-  q = fmaf(q, y, -0.333339502f);
-  q = fmaf(q, y, 0.499999916f);
-  const float near_log = fmaf(-y * y, q, y);
-  const float near_excess = y * y * fmaf(-(1.0f + y), q, 1.0f);
-  r = fmaxf(r, 0x1p-126f);
-  const float far_log = log2_approx(r) * kLn2;
-  const bool near = y > -0.29f && y < 0.41f;
-  return {near ? near_log : far_log, near ? near_excess : fmaf(r, far_log, -y)};
 }
 
 }  // namespace fastkd::cuda

@@ -66,9 +66,9 @@ def read(path: Path) -> Cubin:
     )
 
 
-def compile_for(source: Path, target: str, *defines: str) -> Cubin:
+def compile_for(source: Path, target: str) -> Cubin:
     """From the cache under the user's, where the same sources were compiled before."""
-    key = hashlib.sha256(repr((FLAGS, defines, release(nvcc()), target, source.name)).encode())
+    key = hashlib.sha256(repr((FLAGS, release(nvcc()), target, source.name)).encode())
     for path in sorted({source, *KERNELS.glob("*"), KERNELS.parent / "call.h"}):
         key.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd-gate"
@@ -78,7 +78,7 @@ def compile_for(source: Path, target: str, *defines: str) -> Cubin:
         fcntl.flock(lock, fcntl.LOCK_EX)  # what another process compiles is waited for
         if not cubin.exists():
             new = cubin.with_suffix(".new")
-            run(nvcc(), *FLAGS, *defines, f"-arch={target}", f"-I{KERNELS}", "-o", new, source)
+            run(nvcc(), *FLAGS, f"-arch={target}", "-o", new, source)
             new.rename(cubin)  # now it is whole
     return read(cubin)
 
@@ -88,7 +88,7 @@ def built(module: Path) -> dict[tuple[str, str], Cubin]:
     with tempfile.TemporaryDirectory() as folder:
         run(tool("cuobjdump"), "-xelf", "all", module.resolve(), cwd=folder)
         found = {}
-        for path in Path(folder).glob("*.cubin"):
+        for path in Path(folder).glob("kernels.*.cubin"):  # no other source has any
             source, target, _ = path.name.rsplit(".", 2)
             found[source, target] = read(path)
     assert found, f"{module} has no machine code for GPUs"

@@ -21,10 +21,9 @@ from cubins import KERNELS, ROOT
 
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-PERSISTENT = "-DFASTKD_PERSISTENT=1"  # what csrc/cuda/plan.h leaves out; see there
-PERSISTENT_TARGET = "sm_90"  # where that is to be measured first; a minute of compiling for each
 REGISTERS_PER_SM = 65536
 SMALL_VOCABULARY = 32768  # the smallest that the budgets are for
+CAREFUL_LOADS = 4  # of 128 bits, for 8 columns of both rows in float32
 
 Figures = dict[str, float]
 
@@ -100,12 +99,16 @@ class Part:
         return self.count(rf"{access}\b.*\.128\b")
 
 
-def constant(name: str, kernel: str = "dense_rows") -> int:
-    """As the source of the kernel has it, or any header."""
-    for path in (KERNELS / f"{kernel}.cu", *sorted(KERNELS.glob("*.h"))):
-        if found := re.findall(rf"constexpr int {name} = (\d+);", path.read_text()):
-            return int(found[0])
-    raise LookupError(f"no constant {name}")
+def sources() -> str:
+    """The text of all that the kernels are made of."""
+    paths = sorted(path for path in KERNELS.iterdir() if path.suffix in (".cu", ".h"))
+    return "\n".join(path.read_text() for path in paths)
+
+
+def constant(name: str) -> int:
+    """As the sources have it, with one value wherever they do."""
+    (value,) = set(re.findall(rf"constexpr int {name} = (\d+);", sources()))
+    return int(value)
 
 
 def vectors(variant: str, target: str) -> int:
@@ -113,16 +116,14 @@ def vectors(variant: str, target: str) -> int:
     if "Cluster" not in variant:
         return constant("kTicketVectors")
     later = int(target.removeprefix("sm_")) >= 100
-    held = constant("kLaterClusterVectors" if later else "kClusterVectors")
-    return held - (constant("kLoopVectors") if "persistent" in variant else 0)
+    return constant("kLaterClusterVectors" if later else "kClusterVectors")
 
 
 def registers_allowed(kernel: str) -> int:
     """By the threads that a multiprocessor has to hold of it: its __launch_bounds__."""
-    kernel = kernel.replace("topk", "kd")  # of the same source, with the same threads
-    text = (KERNELS / f"{kernel}.cu").read_text()
-    threads, _, blocks = re.findall(r"__launch_bounds__\((\w+)(, (\d+))?\)", text)[0]
-    return min(255, REGISTERS_PER_SM // (constant(threads, kernel) * int(blocks or 1)))
+    pattern = rf"__launch_bounds__\((\w+)(?:, (\d+))?\)\s+{kernel}_kernel\("
+    ((threads, blocks),) = re.findall(pattern, sources())
+    return min(255, REGISTERS_PER_SM // (constant(threads) * int(blocks or 1)))
 
 
 EXPONENTIAL = r"MUFU\.EX2"
@@ -135,17 +136,17 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
     file = "fast.h"
     every = Part(code, file, "run")
     load, gradient = Part(code, "held.h", "load"), Part(code, file, "write_gradient")
-    sums = Part(code, file, "sum_soft")
+    sums, logarithms = Part(code, file, "sum_soft"), Part(code, "classes.h", "take_logarithms")
     shifted = Part(load.code, "load.h", "load_shifted")
     # The label set apart: every warp looks for it, one has it, and one makes its term.
-    left_out = Part(code, file, "leave_out_label").code
-    once = Part(left_out, "row.h", "left_out").code + Part(left_out, file, "leave_out").code
-    each = len(left_out) - len(once)
+    apart = Part(code, "classes.h", "set_label_apart").code
+    once = Part(apart, "row.h", "apart_index").code + Part(apart, "classes.h", "set_apart").code
+    each = len(apart) - len(once)
     once += Part(code, file, "set_target").code
     warps = SMALL_VOCABULARY / (32 * pairs)
     # What a row of the plain loss does not do, and what is counted by itself.
-    others = ("sum_hard", "write_gradient", "mix", "leave_out_label", "set_target")
-    aside = [Part(code, file, f).code for f in others]
+    others = ("sum_hard", "write_gradient", "mix", "set_target")
+    aside = [apart, *(Part(code, file, f).code for f in others)]
     elsewhere = {id(i) for part in aside for i in part}
     plain = Part([i for i in every.code if id(i) not in elsewhere])
     # The sums over warps and CTAs are one warp's work for all of its CTA.
@@ -160,15 +161,18 @@ def core(name: str, target: str, code: list[Instruction]) -> Figures:
         "exponentials_per_pair": round((plain.count(EXPONENTIAL) - shared) / pairs, 3),
         "instructions_per_pair_of_the_sums": sums.per(pairs),
         # What a teacher's probabilities cost besides, and the label set apart.
-        "instructions_per_pair_of_the_logarithms": Part(code, file, "take_logarithms").per(pairs),
+        "instructions_per_pair_of_the_logarithms": logarithms.per(pairs),
         "instructions_per_pair_of_the_label": round((each + len(once) / warps) / pairs, 2),
-        "reread_loads_of_128_bits": Part(code, "careful_slice.h", "each_step").wide("LDG"),
-        # Some of their lines are lost where ptxas has joined them: not all name their function.
+        # Some of their lines are lost where ptxas has joined them, and not always the same: of the
+        # loads no more is said than that each step has them; of the stores not all name a function.
+        "reread_loads_of_128_bits": min(
+            CAREFUL_LOADS, Part(code, "classes.h", "each_step").wide("LDG")
+        ),
         "reread_stores_of_128_bits": Part(code).beside("careful.h").beside("load.h").wide("STG"),
     }
 
 
-def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
+def sparse_core(name: str, target: str, code: list[Instruction]) -> Figures:
     """The same of a sparse teacher's rows: by columns, where a slice is in registers."""
     columns = vectors(name, target) * constant("kPerLane")
     file = "sparse.h"
@@ -199,13 +203,13 @@ def topk_core(name: str, target: str, code: list[Instruction]) -> Figures:
 def variant(name: str) -> str | None:
     """A kernel's name in the table, from its mangled one."""
     found = re.search(
-        r"\d(dense_rows|sparse_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?ModeE(\d))?)?",
+        r"\d(dense_rows|sparse_rows|scale_rows)_kernel(?:I.*?(Cluster|Tickets)(?:ELN.*?DivergenceE(\d))?)?",
         name,
     )
     if found is None:
         return None
-    mode = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
-    return " ".join(part for part in (found[1], found[2], mode) if part)
+    divergence = {None: None, "0": "forward", "1": "reverse", "2": "mixture"}[found[3]]
+    return " ".join(part for part in (found[1], found[2], divergence) if part)
 
 
 def empty(code: list[Instruction]) -> bool:
@@ -213,17 +217,13 @@ def empty(code: list[Instruction]) -> bool:
     return bool(code) and not any(i.opcode.startswith(("LDG", "STG")) for i in code)
 
 
-def figures(cubin: cubins.Cubin, target: str, persistent: bool = False) -> dict[str, Figures]:
+def figures(cubin: cubins.Cubin, target: str) -> dict[str, Figures]:
     """Per variant."""
     code = instructions(cubin.code)
     found = {}
     for mangled, resource in resources(cubin.resources).items():
         name = variant(mangled)
         assert name is not None, f"a kernel the table knows no name for: {mangled}"
-        if persistent:
-            if not name.startswith("dense_rows Cluster"):
-                continue  # as without it, or never in use
-            name += " persistent"
         kernel = code[mangled]
         if empty(kernel):
             continue
@@ -231,7 +231,7 @@ def figures(cubin: cubins.Cubin, target: str, persistent: bool = False) -> dict[
         if name.startswith("dense_rows"):
             found[name] |= core(name, target, kernel)
         elif name.startswith("sparse_rows"):
-            found[name] |= topk_core(name, target, kernel)
+            found[name] |= sparse_core(name, target, kernel)
         else:
             every = Part(kernel)
             found[name] |= {
@@ -267,8 +267,7 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
         if of.get(what, least) < least:
             yield f"{name}: {what} is {of[what]}, not {least} or more"
     at_most = {
-        # Those of the row as such weigh more where a loop over rows leaves one vector a thread.
-        "exponentials_per_pair": 2.5 if "persistent" in name else 2.3,
+        "exponentials_per_pair": 2.3,
         "exponentials_per_column_of_the_sums": 1,
         "exponentials_per_column_of_the_gradient": 2,
         # Less than 15 % of the 37 that a pair's sums have, to which its gradient is to be added.
@@ -285,22 +284,17 @@ def problems(name: str, target: str, of: Figures) -> Iterator[str]:
 def measure() -> dict[str, Any]:
     """The whole table."""
     module = os.environ.get("FASTKD_GATE_MODULE")
-    sources = sorted(KERNELS.glob("*.cu"))
+    sources = [KERNELS / "kernels.cu"]
 
     def of(source: Path, target: str) -> dict[str, Figures]:
         of_module = built[source.stem, target] if module else None
         return figures(of_module or cubins.compile_for(source, target), target)
 
-    def of_persistent() -> dict[str, Figures]:
-        cubin = cubins.compile_for(KERNELS / "kernels.cu", PERSISTENT_TARGET, PERSISTENT)
-        return figures(cubin, PERSISTENT_TARGET, persistent=True)
-
     table: dict[str, dict[str, Figures]] = {target: {} for target in TARGETS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        persistent = pool.submit(of_persistent)  # first: what a module has is read meanwhile
         built = cubins.built(Path(module)) if module else {}
         jobs = [(t, pool.submit(of, source, t)) for t in TARGETS for source in sources]
-        for target, job in (*jobs, (PERSISTENT_TARGET, persistent)):
+        for target, job in jobs:
             table[target] |= job.result()
     return {
         "nvcc": cubins.release(cubins.nvcc()),

@@ -25,12 +25,11 @@ from fastkd.core.ops import define
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-KERNELS = (ROOT / "csrc" / "cuda" / "kernels.cu", ROOT / "csrc" / "cuda" / "scale_rows.cu")
+KERNELS = tuple(ROOT / "csrc" / "cuda" / name for name in ("kernels.cu", "launch.cu"))
 EMULATION = tuple(HERE / f"{name}.cpp" for name in ("cuda_emulation", "scheduler", "conversions"))
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-DFASTKD_PERSISTENT=1",
     # Contraction to fma as nvcc has it, and what fma takes on this processor.
     *("-ffp-contract=fast", *(["-march=native"] if platform.machine() == "x86_64" else [])),
 ]
@@ -138,7 +137,7 @@ def load() -> None:
 def program(name: str, fault: tuple[str, str, str] | None = None, level: str = "-O1") -> Path:
     """The executable of `name`.cpp; `fault`: a file of csrc/cuda, a text in it, and another."""
     flags = [*_flags(), level]
-    of_cuda = KERNELS[:1] if name == "driver" else ()
+    of_cuda = KERNELS if name == "driver" else ()
     others = [*(() if name == "plan" else EMULATION), HERE / f"{name}.cpp"]
 
     def build(folder: Path) -> Path:

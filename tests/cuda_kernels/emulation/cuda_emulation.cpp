@@ -104,14 +104,9 @@ void mbarrier_wait(uint64_t* memory, unsigned parity) {
   yield();  // others that saw the same may be far ahead by now
 }
 void store_async(void* to, const void* from, size_t bytes, uint64_t* barrier) {
-  Store store{to, {}, bytes, barrier, nullptr};
+  Store store{to, {}, bytes, barrier};
   std::memcpy(store.bytes, from, bytes);
   now->stores.push_back(store);
-  now->moved = true;
-}
-
-void copy_async(void* to, const void* from, size_t bytes, uint64_t* barrier) {
-  now->stores.push_back({to, {}, bytes, barrier, from});
   now->moved = true;
 }
 

@@ -21,7 +21,7 @@ namespace emulation {
 // In which order fibers run and when asynchronous stores arrive.
 enum class Schedule { kForward, kReverse, kRandom };
 
-// Of all later launches. `places`: how many CTAs run at one time.
+// Sets how all later launches run. `places`: how many CTAs run at one time.
 void configure(Schedule schedule, unsigned seed, int places);
 int places();
 
@@ -32,7 +32,7 @@ unsigned block_size();
 unsigned grid_size();
 unsigned cluster_rank();
 unsigned cluster_size();
-void* shared_memory(unsigned rank);  // of a CTA of the cluster
+void* shared_memory(unsigned rank);  // a CTA of the cluster has it
 size_t shared_bytes();
 
 using Site = std::source_location;
@@ -50,8 +50,6 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void store_async(void* to, const void* from, size_t bytes, uint64_t* barrier);
-void copy_async(void* to, const void* from, size_t bytes,
-                uint64_t* barrier);  // read when it arrives
 
 [[noreturn]] void fail(const std::string& what);
 
@@ -219,9 +217,6 @@ inline uint4 load_streaming(const void* address, bool wanted = true) {
 inline uint4 load_cached(const void* address, bool wanted = true) {
   return load_streaming(address, wanted);
 }
-inline uint4 load_anywhere(const void* address, bool wanted = true) {
-  return load_streaming(address, wanted);
-}
 inline void store_streaming(void* address, uint4 v) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("misaligned store");
   std::memcpy(address, &v, 16);
@@ -260,13 +255,6 @@ T* peer(T* variable, unsigned rank) {
   return reinterpret_cast<T*>(static_cast<char*>(emulation::shared_memory(rank)) + offset);
 }
 inline void mbarrier_init_fence() {}
-inline void copy_async(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
-    emulation::fail("misaligned copy");
-  }
-  peer(static_cast<char*>(to) + (bytes - 1), cluster_rank());  // in shared memory, or fails
-  emulation::copy_async(peer(static_cast<char*>(to), cluster_rank()), from, bytes, barrier);
-}
 inline void store_async(uint4* variable, uint4 v, uint64_t* barrier, unsigned rank) {
   emulation::store_async(peer(variable, rank), &v, sizeof v, peer(barrier, rank));
 }

@@ -10,15 +10,8 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
-enum cudaDeviceAttr {
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin
-};
-enum cudaFuncAttribute {
-  cudaFuncAttributeNonPortableClusterSizeAllowed,
-  cudaFuncAttributeMaxDynamicSharedMemorySize
-};
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -48,9 +41,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
-           : attribute == cudaDevAttrMultiProcessorCount  ? emulation::places()
-                                                          : 232448;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulation::places();
   return cudaSuccess;
 }
 template <class Kernel>
@@ -65,7 +56,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
                                            const cudaLaunchConfig_t* config) {
-  *clusters = 64 / static_cast<int>(config->attrs->val.clusterDim.x);
+  // An H200's 132 multiprocessors with 65536 registers each, of which a thread takes 128; as if a
+  // cluster could lie on any of them.
+  *clusters = static_cast<int>(132 * (512 / config->blockDim.x) / config->attrs->val.clusterDim.x);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

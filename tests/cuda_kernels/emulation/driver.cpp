@@ -1,22 +1,23 @@
 // A few rows through the kernels without torch, for tests of the emulation itself and for the
 // sanitizers: prints a line for each case, with a hash of every bit that came out. Arguments:
-// schedule, layout (0 clusters, 1 tickets, 2 one persistent cluster, 3 two), CTAs that run at one
-// time, and "few" cases or "all": dtypes, divergences, terms, pruning, lengths and edges.
+// schedule, layout (0 clusters, 1 tickets), CTAs that run at one time, and the cases: "few"; "all"
+// dtypes, divergences, terms, pruning, lengths and edges; or "large" vocabularies, which are laid
+// out as the wheel lays them out.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/kernel.h"
+#include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/plan.h"
 #include "cuda_emulation.h"
 
 namespace {
 
 using fastkd::DenseRows;
+using fastkd::Divergence;
 using fastkd::DType;
-using fastkd::Mode;
 using fastkd::Rows;
 using fastkd::SparseRows;
 
@@ -41,9 +42,10 @@ enum class Terms {
 
 struct Case {
   DType student = DType::kFloat, teacher = DType::kFloat;
-  Mode divergence = Mode::kForward;
+  Divergence divergence = Divergence::kForward;
   Terms terms = Terms::kSoft;
   int64_t V = 1500, keep = 0;         // 0: of no row; else so many, and all of every third row
+  int64_t N = kN;                     // rows, of those that the tensors have
   bool inplace = false, odd = false;  // odd: infinities and NaN
 };
 
@@ -79,7 +81,7 @@ struct Matrix {
     }
   }
   Rows rows() { return {bytes.data(), dtype, V, kN, 0, stride}; }
-  // Of row r, column i on.
+  // The bytes of row r from column i on.
   std::vector<char> part(int64_t r, int64_t i, int64_t end) const {
     const char* row = bytes.data() + r * stride * size();
     return {row + i * size(), row + end * size()};
@@ -120,8 +122,8 @@ SparseRows sparse(const DenseRows& rows, const Case& c) {
   call.dstudent = rows.dstudent;
   call.ids = ids.data();
   call.log_probs = log_probs.data();
-  if (c.divergence == Mode::kForward) call.log_rest = log_rest.data();
-  call.restricted = c.divergence == Mode::kReverse;
+  if (c.divergence == Divergence::kForward) call.log_rest = log_rest.data();
+  call.restricted = c.divergence == Divergence::kReverse;
   call.labels = rows.labels;
   call.student_inv_temperature = rows.student_inv_temperature;
   call.teacher_inv_temperature = rows.teacher_inv_temperature;
@@ -169,11 +171,11 @@ void run(const Case& c) {
   if (c.terms != Terms::kSoft) call.hard_weight = weight.data();
   call.soft = soft.data();
   call.hard = hard.data();
-  call.N = kN;
+  call.N = c.N;
   call.vocab_size = c.V;
   call.divergence = c.divergence;
   if (c.keep != 0) call.keep = keep.data();
-  if (c.divergence == Mode::kMixture) call.beta = beta.data();
+  if (c.divergence == Divergence::kMixture) call.beta = beta.data();
   if (c.terms == Terms::kDecoupled) {
     call.target_weight = weight.data();
     call.target = target.data();
@@ -209,9 +211,10 @@ void run_all() {
   const int64_t lengths[] = {1500, 9, 513, 1024, 2300};
   int index = 0;
   for (const auto& [student, teacher] : dtypes) {
-    for (const Mode divergence : {Mode::kForward, Mode::kReverse, Mode::kMixture}) {
+    for (const Divergence divergence :
+         {Divergence::kForward, Divergence::kReverse, Divergence::kMixture}) {
       for (int terms = 0; terms < static_cast<int>(Terms::kEnd); ++terms, ++index) {
-        if (static_cast<Terms>(terms) == Terms::kDecoupled && divergence != Mode::kForward)
+        if (static_cast<Terms>(terms) == Terms::kDecoupled && divergence != Divergence::kForward)
           continue;
         Case c{student, teacher, divergence, static_cast<Terms>(terms), lengths[index % 5]};
         c.keep = c.terms == Terms::kPruned ? c.V / 4 : 0;
@@ -220,6 +223,29 @@ void run_all() {
         run(c);
       }
     }
+  }
+}
+
+// GPT-2's vocabulary and Llama 3's.
+void run_large() {
+  for (const int64_t V : {50257, 128256}) {
+    DenseRows call;
+    call.student.dtype = call.teacher.dtype = call.dstudent.dtype = DType::kBFloat16;
+    call.teacher.data = &call;  // for a sparse one has none
+    call.N = 2;
+    call.vocab_size = V;
+    const fastkd::cuda::Plan plan = fastkd::cuda::plan(call);
+    std::printf("V %d: %s of %d CTAs of %d threads\n", static_cast<int>(V),
+                plan.cluster ? "clusters" : "tickets", plan.parts, plan.threads);
+    Case c{DType::kBFloat16, DType::kBFloat16, Divergence::kForward, Terms::kOwn, V};
+    c.N = call.N;
+    run(c);
+    c.terms = Terms::kPruned, c.keep = V / 4, c.inplace = true;
+    run(c);
+    c.terms = Terms::kSparse, c.keep = 0;
+    run(c);
+    c.terms = Terms::kShared, c.divergence = Divergence::kMixture;
+    run(c);
   }
 }
 
@@ -232,20 +258,22 @@ int main(int count, char** arguments) {
                        : schedule == 1 ? emulation::Schedule::kReverse
                                        : emulation::Schedule::kRandom,
                        static_cast<unsigned>(schedule), places);
+  const std::string cases = arguments[4];
   fastkd::cuda::Limits limits;
-  limits.threads = 64;
-  limits.steps = 2;
-  const int layout = std::atoi(arguments[2]);
-  (layout == 1 ? limits.cluster : limits.tickets) = 0;
-  limits.persistent = std::max(layout - 1, 0);
+  if (cases != "large") limits.threads = 64, limits.steps = 2;
+  (std::atoi(arguments[2]) == 1 ? limits.cluster : limits.tickets) = 0;
   fastkd::cuda::set_limits(limits);
-  if (std::string(arguments[4]) == "all") {
+  if (cases == "all") {
     run_all();
     return 0;
   }
+  if (cases == "large") {
+    run_large();
+    return 0;
+  }
   run({.terms = Terms::kShared});
-  run({.divergence = Mode::kReverse, .terms = Terms::kPruned, .keep = 400});
-  run({.divergence = Mode::kMixture, .terms = Terms::kPower});
+  run({.divergence = Divergence::kReverse, .terms = Terms::kPruned, .keep = 400});
+  run({.divergence = Divergence::kMixture, .terms = Terms::kPower});
   run({.terms = Terms::kDecoupled});
   run({.terms = Terms::kLimit});
   run({.terms = Terms::kSparse});

@@ -107,8 +107,8 @@ inline void enter() {
   entry();
 }
 
-// Of a context whose function has yielded for the last time, or never ran. The function does not
-// return.
+// Makes a context that will run `function`, which does not return; the context's last function has
+// yielded for the last time, or there was none.
 inline void prepare(Context& context, void (*function)()) {
   entry = function;
   if (context.stack == nullptr) {

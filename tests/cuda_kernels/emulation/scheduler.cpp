@@ -48,7 +48,7 @@ void deliver() {
   if (settings.schedule == Schedule::kRandom) which = now->random() % now->stores.size();
   const Store store = now->stores[which];
   now->stores.erase(now->stores.begin() + static_cast<std::ptrdiff_t>(which));
-  std::memcpy(store.to, store.from != nullptr ? store.from : store.bytes, store.size);
+  std::memcpy(store.to, store.bytes, store.size);
   with(store.barrier, [&](MBarrier& b) { b.bytes -= static_cast<int64_t>(store.size); });
   now->moved = true;
 }

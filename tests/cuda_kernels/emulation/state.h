@@ -60,7 +60,6 @@ struct Store {
   char bytes[16];
   size_t size;
   uint64_t* barrier;
-  const void* from = nullptr;  // instead of `bytes`
 };
 
 struct Settings {
