@@ -182,25 +182,25 @@ def test_classes_that_the_student_has_alone(target, variant):
 def test_which_rows_are_split():
     """Those of which a GPU's cache does not hold as many as are in flight until their second read,
     into slices of which it does."""
-    launch, cache = aot.triton_launch, 50 << 20
-    h200 = launch.device_of(90, 132, cache, 32)
+    plan, cache = aot.triton_plan, 50 << 20
+    h200 = plan.device_like(90, 132, cache, 32)
 
     def parts(V: int, pair: int = 4, device=h200) -> int:
-        columns = launch.slice_columns(device, V, pair)
-        assert columns == V or columns % (launch.SLICE.threads * launch.COLUMNS) == 0
+        columns = plan.slice_columns(device, V, pair)
+        assert columns == V or columns % plan.SLICE.block == 0
         return -(-V // columns)
 
     for V, pair in ((60000, 4), (128256, 4), (151936, 4), (262144, 4), (151936, 8), (786432, 4)):
         count = parts(V, pair)
-        assert 1 < count <= launch.PARTS
+        assert 1 < count <= plan.PARTS
         # A slice is a whole number of tiles, so up to one more.
-        assert 2 * 132 * (V / count) * pair < launch.ROWS_SHARE * cache
+        assert 2 * 132 * (V / count) * pair < plan.ROWS_SHARE * cache
     assert parts(57000) == parts(32768) == parts(1) == parts(28000, 8) == 1
     for V in (10**6, 10**7, 32 * 2048 * 40 - 7, 32 * 2048 * 40 + 1):
-        assert parts(V) <= launch.PARTS
-    mi300 = launch.device_of("gfx942", 304, 4 << 20, 64)
+        assert parts(V) <= plan.PARTS
+    mi300 = plan.device_like("gfx942", 304, 4 << 20, 64)
     assert parts(32768, device=mi300) == 1 and parts(262144, device=mi300) > 1
-    assert parts(32768, device=launch.device_of("gfx90a", 104, 8 << 20, 64)) > 1
+    assert parts(32768, device=plan.device_like("gfx90a", 104, 8 << 20, 64)) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -20,6 +20,7 @@ if not triton_backend.INTERPRETED or triton_backend.MISSING:
 import triton_interpreter as turns
 
 from fastkd.kernels.triton import launch as triton_launch
+from fastkd.kernels.triton import plan as triton_plan
 from fastkd.spec import FORWARD
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -110,7 +111,7 @@ class Launches:
         counters, shared = arguments[14:16]
         assert counters.dtype == torch.int32 and counters.numel() == 1 + N
         assert shared.dtype == torch.float32
-        assert shared.numel() == N * triton_launch.SHARED * triton_launch.PARTS
+        assert shared.numel() == N * triton_launch.SHARED * triton_plan.PARTS
         assert counters.untyped_storage()._cdata == shared.untyped_storage()._cdata
         first, last = (
             counters.storage_offset() + counters.numel(),
@@ -188,8 +189,8 @@ def test_the_kind_of_gpu_is_that_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", On)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
-    monkeypatch.setattr(triton_launch.triton.runtime, "driver", SimpleNamespace(active=Driver()))
-    find = triton_launch._device.__wrapped__
+    monkeypatch.setattr(triton_plan.triton.runtime, "driver", SimpleNamespace(active=Driver()))
+    find = triton_plan.device_of.__wrapped__
     for index, warp in ((0, 32), (1, 64)):
         assert find(torch.device("cuda", index)).warp == warp
         assert current == [0]

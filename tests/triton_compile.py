@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkd.kernels.triton import launch as triton_launch
+from fastkd.kernels.triton import plan as triton_plan
 from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 TARGETS = {
@@ -64,17 +65,17 @@ def captured(target: GPUTarget) -> Iterator[list]:
         return kernel
 
     driver.set_active(_Driver(target))
-    device = triton_launch._device
-    found = triton_launch.device_of(target.arch, 132, 50 << 20, target.warp_size)
-    triton_launch._device = lambda _: found
-    triton_launch._plan.cache_clear()
+    device = triton_plan.device_of
+    found = triton_plan.device_like(target.arch, 132, 50 << 20, target.warp_size)
+    triton_plan.device_of = lambda _: found
+    triton_plan.plan.cache_clear()
     JITFunction.run = run
     try:
         yield kernels
     finally:
         JITFunction.run, driver._active = launch, active
-        triton_launch._device = device
-        triton_launch._plan.cache_clear()
+        triton_plan.device_of = device
+        triton_plan.plan.cache_clear()
 
 
 LONG = {"V": 262145}  # rows are split
