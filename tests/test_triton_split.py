@@ -61,14 +61,14 @@ def test_the_order_of_programs_changes_nothing(call, kind):
 
 
 def test_less_room_than_a_row_takes_is_noticed():
-    """By the scheduler of the tests, that is: a kernel which waits too early would hang in it."""
+    """The scheduler of the tests notices it: a kernel which waits too early would hang in it."""
     s, t = pair(N, V)
     with turns.taking_turns(room=2), pytest.raises(Exception, match="wait for each other"):
         run(TRITON, s, t)
 
 
 def test_counters_are_enough():
-    """For rows that are skipped or have no class for a label, which no program waits at."""
+    """Rows that are skipped, or have no class for a label, are counted; no program waits there."""
     s, t = pair(4, V)
     labels = torch.tensor([-100, 5, -100, V - 1])
     with turns.taking_turns():
@@ -99,7 +99,7 @@ class OnGpu(torch.Tensor):
 
 
 class Launches:
-    """In place of the kernel: of every launch, which allocations it was given beside its rows."""
+    """In the kernel's place: keeps which allocations each launch was given beside its rows."""
 
     def __init__(self) -> None:
         self.alive: list[weakref.ref] = []
@@ -163,7 +163,7 @@ def test_nothing_outlives_a_launch(monkeypatch):
 
 
 def test_the_kind_of_gpu_is_that_of_the_tensors(monkeypatch):
-    """And not of the current device: a machine may have two kinds."""
+    """The current device does not count: a machine may have two kinds."""
     current = [0]
 
     class On:

@@ -76,7 +76,7 @@ class Flat(NamedTuple):
     per_p: Any  # p of a class whose teacher's logit is 0
     from_student: Any  # what the gradient takes off every class
     beta: Any
-    factor: Any  # of the soft term in the gradient
+    factor: Any  # what the soft term counts in the gradient
     hard_weight: Any
     lost: Any  # the gradient is NaN
 

@@ -26,9 +26,9 @@ def _exchange(like: Tensor, N: int) -> tuple[Tensor, Tensor]:
 
 
 class _Rows(NamedTuple):
-    """As the kernels take them; row a * B + b begins at base + shift + a * outer + b * inner."""
+    """Rows as kernels take them: row a * B + b begins at base + shift + a * outer + b * inner."""
 
-    base: Tensor  # at a multiple of 16 bytes, if that lies in the same storage
+    base: Tensor  # begins at a multiple of 16 bytes, if that lies in the same storage
     aligned: bool
     shift: int
     outer: int

@@ -145,7 +145,7 @@ def whole_start(start, label_tile, BLOCK: tl.constexpr, LABEL: tl.constexpr):
 @triton.jit
 def each_tile(
     fn: tl.constexpr, row, given, state, KIND: tl.constexpr, TILE: tl.constexpr,
-    BACKWARD: tl.constexpr,  # from the end of the row: that is what the L2 cache still holds of it
+    BACKWARD: tl.constexpr,  # begins at the row's end: that is what the L2 cache still holds
     VALUE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, RAGGED) for every tile of
@@ -191,7 +191,7 @@ def load_tile(
         vector = columns // VECTOR * VECTOR
         whole = (vector >= low) & (vector + VECTOR <= high)
         x = tl.load(pointer + columns, mask=whole, other=NINF, eviction_policy=policy)
-        if VECTOR > 1:  # the columns inside of the two vectors that are not
+        if VECTOR > 1:  # the vectors that the row begins and ends in, by columns
             inside = (columns >= low) & (columns < high) & ~whole
             edge = tl.load(pointer + columns, mask=inside, other=NINF, eviction_policy=policy)
             x = tl.where(whole, x, edge)
@@ -210,7 +210,7 @@ def store_tile(pointer, values, start, low, high, TILE: tl.constexpr, RAGGED: tl
         vector = columns // VECTOR * VECTOR
         whole = (vector >= low) & (vector + VECTOR <= high)
         tl.store(pointer + columns, values, mask=whole, eviction_policy="evict_first")
-        if VECTOR > 1:  # the columns inside of the two vectors that are not
+        if VECTOR > 1:  # the vectors that the row begins and ends in, by columns
             inside = (columns >= low) & (columns < high) & ~whole
             tl.store(pointer + columns, values, mask=inside, eviction_policy="evict_first")
     else:

@@ -24,14 +24,14 @@ class Machine(NamedTuple):
     """What the table knows of a kind of GPU."""
 
     threads: int  # that a multiprocessor's registers suffice for, by tests/triton_table_*.txt
-    options: dict[str, int]  # of the compiler, by which they suffice for programs of fewer threads
+    options: dict[str, int]  # the compiler's, by which they suffice for programs of fewer threads
     cache: int | None  # bytes of the last cache before the memory; None: torch knows it
-    rows: tuple[tuple[int, Config], ...]  # by the largest row that they serve, both logits in bytes
+    rows: tuple[tuple[int, Config], ...]  # the largest row that each serves, both sides' bytes
 
 
 # No entry has been timed: they are counted from sizes.
 _ROWS = ((8 << 10, Config(128, 512)), (64 << 10, Config(256, 1024)), (1 << 62, Config(512, 2048)))
-TABLE = {  # by the beginning of the architecture's name
+TABLE = {  # the beginning of the architecture's name: what is known of it
     "sm": Machine(512, {"maxnreg": 128}, None, _ROWS),
     "gfx94": Machine(1024, {}, 256 << 20, _ROWS),
     "gfx95": Machine(1024, {}, 256 << 20, _ROWS),
@@ -116,11 +116,11 @@ def slice_columns(device: Device, V: int, pair: int) -> int:
 
 class Plan(NamedTuple):
     parts: int  # slices of a row
-    columns: int  # of a slice
-    block: int  # of a tile
+    columns: int  # a slice has these
+    block: int  # columns of a tile
     sample: int
     most_parts: int  # a power of two
-    options: dict[str, int]  # of the compiler
+    options: dict[str, int]  # the compiler's
 
 
 @functools.lru_cache

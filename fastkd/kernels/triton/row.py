@@ -243,8 +243,8 @@ def row_terms(
 def dense_rows_kernel(
     student, teacher, dstudent, labels, student_inverse, teacher_inverse,
     soft_weight, hard_weight, target_weight, soft, hard, target, keep, beta,
-    counters,  # of split rows: [1 + N] int32, the tickets and one per row, 0 before
-    shared,  # of split rows: [N, SHARED, PARTS] float32
+    counters,  # [1 + N] int32, 0 before, where rows are split: the tickets and one per row
+    shared,  # [N, SHARED, PARTS] float32, where rows are split
     N, parts, columns, inner, vocab, width,
     s_shift, s_outer: tl.int64, s_inner: tl.int64,
     t_shift, t_outer: tl.int64, t_inner: tl.int64,
@@ -321,7 +321,7 @@ def dense_rows_kernel(
             takes_tail = (part == 0) | ~flat
             if computed & takes_tail:
                 tail = read_tail(whole, high, low + width, part, tail_parts, TILE)
-                if PARTS > 1:  # at once: registers are few
+                if PARTS > 1:  # told at once, for registers are few
                     tell_tail(slice, tail, PARTS)
         if computed & ~flat:
             terms, softmax, lost, last = row_terms(

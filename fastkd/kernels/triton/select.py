@@ -128,7 +128,7 @@ def kth_largest(row, low, high, keep, TILE: tl.constexpr, SAMPLE: tl.constexpr):
             key0 = bottom + width // 4
             key1 = bottom + width // 2
             key2 = top - width // 4
-            # As if the logits lay evenly in the bracket: where the answer then is, and two
+            # The guess is where the answer is if the logits lie evenly in the bracket, with two
             # deviations of its order statistic around it. The middle key still halves the bracket.
             value = float_of(bottom, LIKE)
             inside = (reached - above).to(tl.float32)

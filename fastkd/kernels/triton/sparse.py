@@ -195,7 +195,7 @@ def gradient_tile(
         s = load_student(row, start, TILE, RAGGED, True)
     if OUTSIDE != RESTRICT:
         gradient = spread.soft * tl.exp2((s - outside.offset) * outside.scale)
-    if HARD:  # infinite logits outside of what is restricted may be none of a row without it
+    if HARD:  # infinite logits that are not named count only with a weight
         hard = spread.hard * tl.exp2((s - outside.h_offset) * LOG2E)
         gradient += tl.where(spread.hard != 0, hard, 0.0)
     store_gradient(row, gradient, start, TILE, RAGGED)
@@ -289,7 +289,7 @@ def write_named(
             own_class = of_soft + own if OUTSIDE != RESTRICT else own
             stored = to_stored(own_class, row.gradient.dtype.element_ty)
             weighs = hard_weight != 0
-            if KIND.tail:  # of a label in the tail write_tail sees to it
+            if KIND.tail:  # write_tail writes a label that lies in the tail
                 weighs = weighs & (label < vocab)
             tl.store(row.gradient + row.label, stored, mask=weighs)
         hard_value = spread.hard * tl.exp2((s - outside.h_offset) * LOG2E)
@@ -407,7 +407,7 @@ def sparse_rows_kernel(
     label, valid = load_label(r, labels, width, KIND)
     high = low + vocab
     row = Row(s_row, s_row, g_row, low, high, low + label, NINF)
-    value = tl.where(skipped, 0.0, float("nan"))  # or its label is no class
+    value = tl.where(skipped, 0.0, float("nan"))  # NaN where the label is no class
     s_term = value
     h_term = value if KIND.hard else weights.hard
     lost = True

@@ -120,10 +120,10 @@ class Scales(NamedTuple):
 class Sums(NamedTuple):
     """Sums over a row's classes, all in powers of two."""
 
-    s: Any  # of exp((s - offset) / T)
+    s: Any  # the sum of exp((s - offset) / T)
     t: Any
     h: Any  # over all classes but the label, at T = 1
-    cross: Any  # of a exp * log2(a / b) before normalisation; not of a mixture
+    cross: Any  # a exp * log2(a / b) summed before normalisation; a mixture has none
     s_most: (
         Any  # the largest part of `s` that fell to one lane, nearly all in a row sure of a class
     )
