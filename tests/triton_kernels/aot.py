@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkd.kernels.triton import launch as triton_launch
+from fastkd.kernels.triton import plan as triton_plan
 from fastkd.spec import FORWARD, MIXTURE, REVERSE
 
 TARGETS = {
@@ -64,17 +65,17 @@ def captured(target: GPUTarget) -> Iterator[list]:
         return kernel
 
     driver.set_active(_Driver(target))
-    device = triton_launch._device
-    found = triton_launch.device_of(target.arch, 132, 50 << 20, target.warp_size)
-    triton_launch._device = lambda _: found
-    triton_launch._plan.cache_clear()
+    device = triton_plan.device_of
+    found = triton_plan.device_like(target.arch, 132, 50 << 20, target.warp_size)
+    triton_plan.device_of = lambda _: found
+    triton_plan.plan.cache_clear()
     JITFunction.run = run
     try:
         yield kernels
     finally:
         JITFunction.run, driver._active = launch, active
-        triton_launch._device = device
-        triton_launch._plan.cache_clear()
+        triton_plan.device_of = device
+        triton_plan.plan.cache_clear()
 
 
 LONG = {"V": 262145}  # rows are split
@@ -149,12 +150,13 @@ def launch(
 
 
 class Costs(NamedTuple):
-    """Per pair of logits: of the first pass, and of the second for ordinary and careful rows."""
+    """Loops of the first read, and of the second read of ordinary and of careful rows."""
 
     sums: Loop
-    quick: Loop
+    fast: Loop
     careful: Loop
-    pairs: int  # per iteration, of all three
+    pairs: int  # per iteration of the first two
+    careful_pairs: int
 
 
 def costs(report: Report, bytes_per_pair: int) -> Costs:
@@ -162,11 +164,13 @@ def costs(report: Report, bytes_per_pair: int) -> Costs:
     loops = [loop for loop in report.loops if loop.exponentials]
     sums = [loop for loop in loops if not loop.stores]
     second = [loop for loop in loops if loop.stores and min(loop.stores) == 16]
-    first, quick = min(sums, key=size), min(second, key=size)
+    first, fast = min(sums, key=size), min(second, key=size)
     careful = max(second, key=size)
     pairs = first.bytes_loaded // bytes_per_pair
-    assert all(x.bytes_loaded == pairs * bytes_per_pair for x in (first, quick, careful))
-    return Costs(first, quick, careful, pairs)
+    careful_pairs = careful.bytes_loaded // bytes_per_pair
+    assert first.bytes_loaded == fast.bytes_loaded == pairs * bytes_per_pair
+    assert careful.bytes_loaded == careful_pairs * bytes_per_pair
+    return Costs(first, fast, careful, pairs, careful_pairs)
 
 
 def size(loop: Loop) -> int:
@@ -183,9 +187,9 @@ def table_row(target: str, dtype: torch.dtype, variant: str, report: Report) -> 
     row += f"{report.shared:5} {report.instructions:6}"
     if target.startswith("sm_") and variant in COUNTED:
         c = costs(report, 2 * dtype.itemsize)
-        row += f"  {c.sums.instructions / c.pairs:5.2f} {c.quick.instructions / c.pairs:5.2f} "
-        row += f"{c.careful.instructions / c.pairs:5.2f} "
-        row += f"{(c.sums.exponentials + c.quick.exponentials) / c.pairs:5.2f}"
+        row += f"  {c.sums.instructions / c.pairs:5.2f} {c.fast.instructions / c.pairs:5.2f} "
+        row += f"{c.careful.instructions / c.careful_pairs:5.2f} "
+        row += f"{(c.sums.exponentials + c.fast.exponentials) / c.pairs:5.2f}"
     return row
 
 
@@ -217,10 +221,10 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 TABLE = Path(__file__).with_name(f"table_{VERSION}.txt")
 HEADER = f"""# What the Triton kernels compile to: python tests/triton_kernels/aot.py
 # Spilled bytes are scalars of the row: none is spilled in a loop. Per pair, of KL(p || q):
-# instructions of the first pass, of the second one in ordinary and in careful rows, and
+# instructions of the first read, of the second one in ordinary and in careful rows, and
 # exponentials of ordinary rows.
 # triton {triton.__version__}
-# target  dtype     variant                regs spill shared instr    sums quick careful exp2
+# target  dtype     variant                regs spill shared instr    sums  fast careful exp2
 """
 
 

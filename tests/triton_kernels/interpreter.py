@@ -29,7 +29,7 @@ from collections.abc import Iterator
 
 from triton.runtime import interpreter
 
-from fastkd.kernels.triton import launch as triton_launch
+from fastkd.kernels.triton import plan as triton_plan
 
 
 def patch_once() -> None:
@@ -134,8 +134,8 @@ class _Turns:
 def taking_turns(room: int = 0, seed: int = 0) -> Iterator[list[int]]:
     """Rows are split, into some three slices of two tiles, and `room` programs run at a time, by
     default as many as one row has. Yields the number of turns of each launch."""
-    executor, split = interpreter.GridExecutor, triton_launch.slice_columns
-    atomic, config = interpreter.InterpreterBuilder.create_atomic_rmw, triton_launch.SLICE
+    executor, split = interpreter.GridExecutor, triton_plan.slice_columns
+    atomic, config = interpreter.InterpreterBuilder.create_atomic_rmw, triton_plan.SLICE
     launches: list[int] = []
     active: list[_Turns] = []
 
@@ -157,16 +157,16 @@ def taking_turns(room: int = 0, seed: int = 0) -> Iterator[list[int]]:
 
     def slice_columns(device, V: int, pair: int) -> int:
         block = max(16, 1 << max(V // 4, 1).bit_length() - 1)
-        triton_launch.SLICE = triton_launch.Config(block // triton_launch.COLUMNS, 0)
+        triton_plan.SLICE = triton_plan.Config(block // triton_plan.COLUMNS, 0)
         return min(2 * block, V)
 
-    interpreter.GridExecutor, triton_launch.slice_columns = Executor, slice_columns
+    interpreter.GridExecutor, triton_plan.slice_columns = Executor, slice_columns
     interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
-    triton_launch._plan.cache_clear()
+    triton_plan.plan.cache_clear()
     try:
         yield launches
     finally:
-        interpreter.GridExecutor, triton_launch.slice_columns = executor, split
+        interpreter.GridExecutor, triton_plan.slice_columns = executor, split
         interpreter.InterpreterBuilder.create_atomic_rmw = atomic
-        triton_launch.SLICE = config
-        triton_launch._plan.cache_clear()
+        triton_plan.SLICE = config
+        triton_plan.plan.cache_clear()

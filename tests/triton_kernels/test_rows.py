@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fastkd.kernels.triton.load import row_offset
 from fastkd.kernels.triton.select import kth_largest
+from fastkd.kernels.triton.types import Tile
 from fastkd.spec import FORWARD, MIXTURE
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -228,11 +229,10 @@ def test_offsets_have_64_bits():
 
 @triton.jit
 def threshold_kernel(
-    values, out, columns, keep, stride, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    LANE: tl.constexpr, SAMPLE: tl.constexpr,
+    values, out, columns, keep, stride, TILE: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    threshold = kth_largest(values + row * stride, 0, columns, keep, VECTOR, BLOCK, LANE, SAMPLE)
+    threshold = kth_largest(values + row * stride, 0, columns, keep, TILE, SAMPLE)
     tl.store(out + row, threshold)
 
 
@@ -267,7 +267,7 @@ def test_selection_is_exact(dtype):
     on_device = torch.nn.functional.pad(values, (0, 36)).to(TRITON.device)
     for keep in (1, 300, 1499):
         threshold_kernel[(len(values),)](
-            on_device, out, n, keep, n + 36, VECTOR=4, BLOCK=width, LANE=4, SAMPLE=64
+            on_device, out, n, keep, n + 36, TILE=Tile(width, 4, 4, 4), SAMPLE=64
         )
         expected = values >= values.sort(-1, descending=True).values[:, keep - 1 : keep]
         actual = values >= out.cpu()[:, None].to(dtype)
@@ -284,7 +284,7 @@ def test_selection_keeps_a_nan():
         for keep in (1, 3, 699):
             threshold_kernel[(1,)](
                 values.to(TRITON.device), out, 700, keep, 700,
-                VECTOR=4, BLOCK=512, LANE=4, SAMPLE=64,
+                TILE=Tile(512, 4, 4, 4), SAMPLE=64,
             )  # fmt: skip
             assert not (values[0, :count] < out.item()).any()
             assert out.item() == INF or (values[0, count:] >= out.item()).sum() == keep - count

@@ -23,6 +23,7 @@ if not triton_backend.INTERPRETED or triton_backend.MISSING:
 from triton_kernels import interpreter as turns
 
 from fastkd.kernels.triton import launch as triton_launch
+from fastkd.kernels.triton import plan as triton_plan
 from fastkd.spec import FORWARD
 
 TRITON = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -63,14 +64,14 @@ def test_the_order_of_programs_changes_nothing(call, kind):
 
 
 def test_less_room_than_a_row_takes_is_noticed():
-    """By the scheduler of the tests, that is: a kernel which waits too early would hang in it."""
+    """The scheduler of the tests notices it: a kernel which waits too early would hang in it."""
     s, t = pair(N, V)
     with turns.taking_turns(room=2), pytest.raises(Exception, match="wait for each other"):
         run(TRITON, s, t)
 
 
 def test_counters_are_enough():
-    """For rows that are skipped or have no class for a label, which no program waits at."""
+    """Rows that are skipped, or have no class for a label, are counted; no program waits there."""
     s, t = pair(4, V)
     labels = torch.tensor([-100, 5, -100, V - 1])
     with turns.taking_turns():
@@ -101,7 +102,7 @@ class OnGpu(torch.Tensor):
 
 
 class Launches:
-    """In place of the kernel: of every launch, which allocations it was given beside its rows."""
+    """In the kernel's place: keeps which allocations each launch was given beside its rows."""
 
     def __init__(self) -> None:
         self.alive: list[weakref.ref] = []
@@ -113,7 +114,7 @@ class Launches:
         counters, shared = arguments[14:16]
         assert counters.dtype == torch.int32 and counters.numel() == 1 + N
         assert shared.dtype == torch.float32
-        assert shared.numel() == N * triton_launch.SHARED * triton_launch.PARTS
+        assert shared.numel() == N * triton_launch.SHARED * triton_plan.PARTS
         assert counters.untyped_storage()._cdata == shared.untyped_storage()._cdata
         first, last = (
             counters.storage_offset() + counters.numel(),
@@ -165,7 +166,7 @@ def test_nothing_outlives_a_launch(monkeypatch):
 
 
 def test_the_kind_of_gpu_is_that_of_the_tensors(monkeypatch):
-    """And not of the current device: a machine may have two kinds."""
+    """The current device does not count: a machine may have two kinds."""
     current = [0]
 
     class On:
@@ -191,8 +192,8 @@ def test_the_kind_of_gpu_is_that_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", On)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
-    monkeypatch.setattr(triton_launch.triton.runtime, "driver", SimpleNamespace(active=Driver()))
-    find = triton_launch._device.__wrapped__
+    monkeypatch.setattr(triton_plan.triton.runtime, "driver", SimpleNamespace(active=Driver()))
+    find = triton_plan.device_of.__wrapped__
     for index, warp in ((0, 32), (1, 64)):
         assert find(torch.device("cuda", index)).warp == warp
         assert current == [0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.ops import define
 from ..backend import Backend
 
-OLDEST = (3, 6)  # of torch 2.10; earlier ones lack what the kernels use
+OLDEST = (3, 6)  # torch 2.10 brings it; earlier ones lack what the kernels use
 # Triton's interpreter, on CPU tensors: for tests of the kernels, thousands of times slower.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 

@@ -27,30 +27,33 @@ The counters are 0 before each launch, which is 2 us of a memset; they are of no
 import triton
 import triton.language as tl
 
-from .load import LOG2E, NINF
-from .sums import FORWARD, MIXTURE, NONE
-from .tail import LOWEST
+from .math import LOG2E, LOWEST, NINF
+from .types import FORWARD, MIXTURE, NONE, REVERSE, Offsets, Sums, Tail
 
-# What is told, [SHARED, PARTS] per row: the maxima that the sums refer to, of s and of t; zs, zt,
-# zh, cross (sums.sums); the divergence as two sums (sums.second); the maximum of
-# s that zh refers to; the largest lane of zs and of zt, and how `cross` spreads; of careful rows,
-# both logits of the slice's top class, and the four sums of sums.second; the frame and the
-# sum of the tail (tail).
+# The numbers that are told, [SHARED, PARTS] per row, by their place in it.
 SHARED = tl.constexpr(20)
+S_OFFSET, T_OFFSET, H_OFFSET = (tl.constexpr(i) for i in (0, 1, 8))
+S_SUM, T_SUM, H_SUM, CROSS = (tl.constexpr(i) for i in (2, 3, 4, 5))
+S_MOST, T_MOST, SPREAD = (tl.constexpr(i) for i in (9, 10, 11))
+VALUES = tl.constexpr(6)  # the two sums of the fast pass
+S_TOP, T_TOP = tl.constexpr(12), tl.constexpr(13)  # a careful row's: logits of the top class
+CAREFUL_VALUES = tl.constexpr(14)  # the four sums of the careful pass
+TAIL_OFFSET, TAIL_SUM = tl.constexpr(18), tl.constexpr(19)
 
 
 @triton.jit
-def tell(shared, which: tl.constexpr, part, value, PARTS: tl.constexpr):
-    tl.store(shared + which * PARTS + part, value)
+def tell(slice, which: tl.constexpr, value, PARTS: tl.constexpr):
+    tl.store(slice.shared + which * PARTS + slice.part, value)
 
 
 @triton.jit
-def told(shared, which: tl.constexpr, parts, other, PARTS: tl.constexpr):
+def told(slice, which: tl.constexpr, other, PARTS: tl.constexpr):
     """[PARTS]. Not from the cache of a multiprocessor, which may hold what was there before."""
     part = tl.arange(0, PARTS)
     return tl.load(
-        shared + which * PARTS + part, mask=part < parts, other=other, cache_modifier=".cg"
-    )
+        slice.shared + which * PARTS + part, mask=part < slice.parts, other=other,
+        cache_modifier=".cg",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -70,23 +73,47 @@ def wait(counter, count):
 
 
 @triton.jit
-def weights(maximum, scale):
-    """The largest maximum of a row's slices, and what a sum of each slice counts under it."""
-    whole = tl.max(maximum, 0)
-    # The sums of a slice without a finite logit are 0.
-    return whole, tl.where(maximum == NINF, 0.0, tl.exp2((maximum - whole) * scale))
+def meet(slice, meetings):
+    """Waits until all programs of the row were counted in for so many meetings."""
+    count_in(slice.counter)
+    wait(slice.counter, meetings * slice.parts)
 
 
 @triton.jit
-def combined(
-    shared, parts, s_scale, t_scale, DIVERGENCE: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Maxima and sums of a row from those of its slices; the same bits in all of its programs."""
-    s_part = told(shared, 0, parts, NINF, PARTS)
-    s_max, s_weight = weights(s_part, s_scale)
-    t_max = s_max
-    h_max = s_max
+def tell_sums(slice, offsets, sums, KIND: tl.constexpr, PARTS: tl.constexpr):
+    tell(slice, S_OFFSET, offsets.s, PARTS)
+    if KIND.hard:
+        tell(slice, H_SUM, sums.h, PARTS)
+        tell(slice, H_OFFSET, offsets.h, PARTS)
+    if KIND.divergence != NONE:
+        tell(slice, T_OFFSET, offsets.t, PARTS)
+        tell(slice, S_SUM, sums.s, PARTS)
+        tell(slice, T_SUM, sums.t, PARTS)
+        if KIND.divergence != MIXTURE:
+            tell(slice, CROSS, sums.cross, PARTS)
+        tell(slice, S_MOST, sums.s_most, PARTS)
+        tell(slice, T_MOST, sums.t_most, PARTS)
+        if KIND.divergence == REVERSE:
+            tell(slice, SPREAD, sums.spread, PARTS)
+
+
+@triton.jit
+def weigh(offset, scale):
+    """The largest offset of a row's slices, and what a sum of each slice counts under it."""
+    whole = tl.max(offset, 0)
+    # The sums of a slice without a finite logit are 0.
+    return whole, tl.where(offset == NINF, 0.0, tl.exp2((offset - whole) * scale))
+
+
+@triton.jit
+def sums_of_row(slice, scales, KIND: tl.constexpr, PARTS: tl.constexpr):
+    """Offsets and sums of a row from those of its slices; the same bits in all of its programs."""
+    s_scale = scales.s * LOG2E
+    t_scale = scales.t * LOG2E
+    s_part = told(slice, S_OFFSET, NINF, PARTS)
+    s_offset, s_weight = weigh(s_part, s_scale)
+    t_offset = s_offset
+    h_offset = s_offset
     zs = tl.full([], 0.0, tl.float32)
     zt = zs
     zh = zs
@@ -94,65 +121,67 @@ def combined(
     s_most = zs
     t_most = zs
     spread = zs
-    if HARD:
-        h_part = told(shared, 8, parts, NINF, PARTS)
-        h_max, h_weight = weights(h_part, LOG2E)
-        zh = tl.sum(h_weight * told(shared, 4, parts, 0.0, PARTS), 0)
-        if not TAIL:
-            zh = tl.where(h_max == NINF, float("nan"), zh)
-    if DIVERGENCE != NONE:
-        t_part = told(shared, 1, parts, NINF, PARTS)
-        t_max, t_weight = weights(t_part, t_scale)
-        zs_part = told(shared, 2, parts, 0.0, PARTS)
-        zt_part = told(shared, 3, parts, 0.0, PARTS)
+    if KIND.hard:
+        h_part = told(slice, H_OFFSET, NINF, PARTS)
+        h_offset, h_weight = weigh(h_part, LOG2E)
+        zh = tl.sum(h_weight * told(slice, H_SUM, 0.0, PARTS), 0)
+        if not KIND.tail:
+            zh = tl.where(h_offset == NINF, float("nan"), zh)
+    if KIND.divergence != NONE:
+        t_part = told(slice, T_OFFSET, NINF, PARTS)
+        t_offset, t_weight = weigh(t_part, t_scale)
+        zs_part = told(slice, S_SUM, 0.0, PARTS)
+        zt_part = told(slice, T_SUM, 0.0, PARTS)
         zs = tl.sum(s_weight * zs_part, 0)
         zt = tl.sum(t_weight * zt_part, 0)
-        s_most = tl.max(s_weight * told(shared, 9, parts, 0.0, PARTS), 0)
-        t_most = tl.max(t_weight * told(shared, 10, parts, 0.0, PARTS), 0)
-        spread = tl.sum(s_weight * told(shared, 11, parts, 0.0, PARTS), 0)
-        if not APART:  # a side without a finite logit is no distribution
-            zs = tl.where(s_max == NINF, float("nan"), zs)
-            zt = tl.where(t_max == NINF, float("nan"), zt)
-        if DIVERGENCE != MIXTURE:
-            # By how much ln(a / b) moves with the maxima. NaN, and so the row a careful one, where
+        s_most = tl.max(s_weight * told(slice, S_MOST, 0.0, PARTS), 0)
+        t_most = tl.max(t_weight * told(slice, T_MOST, 0.0, PARTS), 0)
+        spread = tl.sum(s_weight * told(slice, SPREAD, 0.0, PARTS), 0)
+        if not KIND.decoupled:  # a side without a finite logit is no distribution
+            zs = tl.where(s_offset == NINF, float("nan"), zs)
+            zt = tl.where(t_offset == NINF, float("nan"), zt)
+        if KIND.divergence != MIXTURE:
+            # ln(a / b) moves with the offsets. `moved` is NaN, and so the row a careful one, where
             # just one side has a finite logit in the slice. Where neither has, `cross` of the slice
             # tells a slice beyond the end of the row, 0, from one of infinities, NaN.
-            moved = (t_part - t_max) * t_scale - (s_part - s_max) * s_scale
-            part = told(shared, 5, parts, 0.0, PARTS)
-            if DIVERGENCE == FORWARD:
+            moved = (t_part - t_offset) * t_scale - (s_part - s_offset) * s_scale
+            part = told(slice, CROSS, 0.0, PARTS)
+            if KIND.divergence == FORWARD:
                 term = t_weight * (part + zt_part * moved)
             else:
                 term = s_weight * (part - zs_part * moved)
             empty = (s_part == NINF) & (t_part == NINF)
             cross = tl.sum(tl.where(empty, part, term), 0)
-    return s_max, t_max, h_max, zs, zt, zh, cross, s_most, t_most, spread
+    offsets = Offsets(s_offset, t_offset, h_offset)
+    return offsets, Sums(zs, zt, zh, cross, s_most, t_most, spread)
 
 
 @triton.jit
-def tell_tail(shared, part, frame, z, PARTS: tl.constexpr):
-    tell(shared, 18, part, frame, PARTS)
-    tell(shared, 19, part, z, PARTS)
+def tell_tail(slice, tail, PARTS: tl.constexpr):
+    tell(slice, TAIL_OFFSET, tail.offset, PARTS)
+    tell(slice, TAIL_SUM, tail.sum, PARTS)
 
 
 @triton.jit
-def tail_of(shared, parts, PARTS: tl.constexpr):
-    """The frame and the sum of a row's tail from those of its programs."""
-    part = told(shared, 18, parts, LOWEST, PARTS)
-    frame = tl.max(part, 0)
-    z = told(shared, 19, parts, 0.0, PARTS)
-    return frame, tl.sum(z * tl.exp2((part - frame) * LOG2E), 0)
+def tail_of_row(slice, PARTS: tl.constexpr):
+    """The tail's offset and sum from those of the row's programs."""
+    part = told(slice, TAIL_OFFSET, LOWEST, PARTS)
+    offset = tl.max(part, 0)
+    sums = told(slice, TAIL_SUM, 0.0, PARTS)
+    return Tail(offset, tl.sum(sums * tl.exp2((part - offset) * LOG2E), 0))
 
 
 @triton.jit
-def values_of(shared, first: tl.constexpr, parts, PARTS: tl.constexpr):
-    value0 = tl.sum(told(shared, first, parts, 0.0, PARTS), 0)
-    return value0, tl.sum(told(shared, first + 1, parts, 0.0, PARTS), 0)
+def values_of(slice, first: tl.constexpr, PARTS: tl.constexpr):
+    """The row's sums of the slices' `first` value and of the one after it."""
+    value0 = tl.sum(told(slice, first, 0.0, PARTS), 0)
+    return value0, tl.sum(told(slice, first + 1, 0.0, PARTS), 0)
 
 
 @triton.jit
-def top_of(shared, parts, PARTS: tl.constexpr):
+def top_of(slice, PARTS: tl.constexpr):
     """Both logits of the largest of the slices' top classes."""
-    s = told(shared, 12, parts, NINF, PARTS)
+    s = told(slice, S_TOP, NINF, PARTS)
     s_top = tl.max(s, 0)
-    t = told(shared, 13, parts, NINF, PARTS)
+    t = told(slice, T_TOP, NINF, PARTS)
     return s_top, tl.max(tl.where(s == s_top, t, NINF), 0)

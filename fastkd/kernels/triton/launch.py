@@ -1,7 +1,5 @@
-"""The ops of the Triton backend: tensors to pointers and strides, and the configurations."""
+"""The ops of the Triton backend: tensors to pointers and strides, checks, launches."""
 
-import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,126 +8,11 @@ from torch import Tensor
 
 from ...core.checks import check_overwritten
 from ...spec import FORWARD, MIXTURE, REVERSE
-from .. import triton as backend
+from . import exchange, plan, sparse, types
 from . import row as kernels
-from . import sparse
-from . import sums as passes
+from .types import Kind, Tile
 
-
-class Config(NamedTuple):
-    threads: int
-    sample: int  # logits that the selection of classes looks at first
-
-
-class Machine(NamedTuple):
-    """What the table knows of a kind of GPU."""
-
-    threads: int  # that a multiprocessor's registers suffice for, by tests/triton_table_*.txt
-    options: dict[str, int]  # of the compiler, so that they do for programs of fewer
-    cache: int | None  # bytes of the last cache before the memory; None: torch knows it
-    rows: tuple[tuple[int, Config], ...]  # by the largest row that they serve, both logits in bytes
-
-
-# No entry has been timed: they are counted from sizes.
-_ROWS = ((8 << 10, Config(128, 512)), (64 << 10, Config(256, 1024)), (1 << 62, Config(512, 2048)))
-TABLE = {  # by the beginning of the architecture's name
-    "sm": Machine(512, {"maxnreg": 128}, None, _ROWS),
-    "gfx94": Machine(1024, {}, 256 << 20, _ROWS),
-    "gfx95": Machine(1024, {}, 256 << 20, _ROWS),
-    "gfx9": Machine(1024, {}, None, _ROWS),
-    "gfx": Machine(768, {}, 64 << 20, _ROWS),
-    # Its time goes by the tile: few, and still a first, some whole and a last one.
-    "interpreter": Machine(512, {}, 0, (
-        (16 << 10, Config(256, 64)), (128 << 10, Config(1024, 512)), (1 << 62, Config(4096, 512)),
-    )),
-}  # fmt: skip
-# Of a tile, per thread: a vector of half precision. For two the registers do not suffice.
-COLUMNS = 8
-# Of split rows: two programs on a multiprocessor of NVIDIA's, so that one works while one waits.
-SLICE = Config(256, 0)
-PARTS = 32  # at most
-# Of the cache: what rows in flight may take of it, and slices, of which more are read at a time.
-ROWS_SHARE, SLICES_SHARE = 0.6, 0.5
-SHARED, NONE = int(kernels.SHARED.value), int(passes.NONE.value)
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
-
-
-class Device(NamedTuple):
-    multiprocessors: int
-    cache: int  # bytes
-    warp: int
-    machine: Machine
-
-    def configuration(self, row: int) -> Config:
-        """For rows of so many bytes."""
-        return next(config for limit, config in self.machine.rows if limit >= row)
-
-    def options(self, config: Config) -> dict[str, int]:
-        """Of a launch."""
-        options = self.machine.options if config.threads < self.machine.threads else {}
-        warps = max(config.threads // self.warp, 1)
-        return {"BLOCK": config.threads * COLUMNS, "num_warps": warps, **options}
-
-    def programs(self, config: Config) -> int:
-        """That run at a time."""
-        return self.multiprocessors * max(self.machine.threads // config.threads, 1)
-
-
-@functools.cache
-def _device(device: torch.device) -> Device:
-    if backend.INTERPRETED:
-        return Device(PARTS, 0, 32, TABLE["interpreter"])
-    gpu = torch.cuda.get_device_properties(device)
-    with _current(device):  # a machine may have two kinds of GPU
-        target = triton.runtime.driver.active.get_current_target()
-    return device_of(target.arch, gpu.multi_processor_count, gpu.L2_cache_size, target.warp_size)
-
-
-def device_of(arch: int | str, multiprocessors: int, cache: int, warp: int) -> Device:
-    name = f"sm_{arch}" if isinstance(arch, int) else arch
-    machine = next(machine for kind, machine in TABLE.items() if name.startswith(kind))
-    return Device(multiprocessors, machine.cache or cache, warp, machine)
-
-
-def slice_columns(device: Device, V: int, pair: int) -> int:
-    """Of the slices that rows of V pairs of logits of `pair` bytes are split into; V: of none.
-
-    Rows are split that the cache loses before they are read again, if as many are in flight as the
-    GPU has room for. However many there are, then: a row does not depend on its neighbours.
-    """
-    if backend.INTERPRETED:  # it runs programs one after another: one would wait for ever
-        return V
-    rows = device.programs(device.configuration(V * pair))
-    if rows * V * pair <= ROWS_SHARE * device.cache:
-        return V
-    block = SLICE.threads * COLUMNS
-    columns = int(SLICES_SHARE * device.cache / (device.programs(SLICE) * pair))
-    parts = -(-V // max(columns, -(-V // PARTS), block))
-    return -(-V // parts // block) * block
-
-
-@functools.lru_cache
-def _plan(
-    device: torch.device, V: int, pair: int, whole: bool, shifted: int
-) -> tuple[int, int, dict[str, int]]:
-    """Slices of a row, their columns, and options of the launch. A row may begin up to `shifted`
-    columns after a whole vector, and its slices then end so much later."""
-    gpu = _device(device)
-    columns = V if whole else slice_columns(gpu, V + shifted, pair)
-    parts = -(-V // columns)
-    if parts > 1:
-        parts = -(-(V + shifted) // columns)
-    if not 1 < parts <= gpu.multiprocessors:
-        parts = 1
-    config = SLICE if parts > 1 else gpu.configuration(V * pair)
-    options = {"SAMPLE": config.sample, "PARTS": PARTS if parts > 1 else 1, **gpu.options(config)}
-    return parts, columns, options
+SHARED, NONE = int(exchange.SHARED.value), int(types.NONE.value)
 
 
 def _exchange(like: Tensor, N: int) -> tuple[Tensor, Tensor]:
@@ -137,15 +20,15 @@ def _exchange(like: Tensor, N: int) -> tuple[Tensor, Tensor]:
     allocation [N, SHARED, PARTS] float32. It ends with the call: a tensor that were kept would lie
     in the memory pool of whoever came first, a CUDA graph's for one."""
     front = -(-(1 + N) // 4) * 4  # the values begin at a multiple of 16 bytes
-    both = like.new_empty(front + N * SHARED * PARTS, dtype=torch.float32)
+    both = like.new_empty(front + N * SHARED * plan.PARTS, dtype=torch.float32)
     counters = both[: 1 + N].view(torch.int32)
     return counters.zero_(), both[front:]
 
 
 class _Rows(NamedTuple):
-    """As the kernels take them; row a * B + b begins at base + shift + a * outer + b * inner."""
+    """Rows as kernels take them: row a * B + b begins at base + shift + a * outer + b * inner."""
 
-    base: Tensor  # at a multiple of 16 bytes, if that lies in the same storage
+    base: Tensor  # begins at a multiple of 16 bytes, if that lies in the same storage
     aligned: bool
     shift: int
     outer: int
@@ -239,12 +122,12 @@ def dense_rows(
     _check(student, teacher, dstudent, vectors, [labels, keep], vocab_size)
     if dstudent is not None and soft_weight is not None:
         check_overwritten(dstudent, teacher)
-    apart = target_weight is not None
-    if labels is None and (apart or hard_weight is not None):
+    decoupled = target_weight is not None
+    if labels is None and (decoupled or hard_weight is not None):
         raise ValueError("fastkd: a term of the labels without labels")
     if divergence not in (FORWARD, REVERSE, MIXTURE) or (beta is None) == (divergence == MIXTURE):
         raise ValueError("fastkd: no such divergence, a mixture without beta, or beta besides")
-    if apart and (target is None or soft_weight is None or divergence != FORWARD):
+    if decoupled and (target is None or soft_weight is None or divergence != FORWARD):
         raise ValueError("fastkd: decoupled terms need target, soft_weight and KL(p || q)")
     soft = torch.empty_like(student_inv_temperature)
     hard = torch.empty_like(student_inv_temperature)
@@ -258,33 +141,38 @@ def dense_rows(
     vector = lane if s.alike(t, lane) else 1
     if soft_weight is None:
         divergence = NONE
-    prune = divergence != NONE and keep is not None
+    pruned = divergence != NONE and keep is not None
     shifted = vector - 1 if (s.shift | s.outer | s.inner) % vector else 0
-    parts, columns, options = _plan(student.device, vocab_size, sum(sizes), prune, shifted)
+    cut = plan.plan(student.device, vocab_size, sum(sizes), pruned, shifted)
+    kind = Kind(
+        divergence=divergence,
+        pruned=pruned,
+        probs=teacher_probs and divergence != NONE,
+        decoupled=decoupled,
+        hard=hard_weight is not None,
+        tail=hard_weight is not None and student.shape[-1] > vocab_size,
+        labels=labels is not None,
+        gradient=dstudent is not None,
+    )
+    tile = Tile(cut.block, lane, vector, vector if g is s or s.alike(g, lane) else 1)
     counters = shared = soft
-    with _current(student.device):
-        if parts > 1:
-            if N * parts >= 2**31:
+    with plan.current(student.device):
+        if cut.parts > 1:
+            if N * cut.parts >= 2**31:
                 raise ValueError(f"fastkd: too many rows for the Triton kernels, {N}")
             counters, shared = _exchange(soft, N)
-        kernels.dense_rows_kernel[(N * parts,)](
+        kernels.dense_rows_kernel[(N * cut.parts,)](
             s.base, t.base, g.base,
             student if labels is None else labels,
             student_inv_temperature, teacher_inv_temperature,
             soft if soft_weight is None else soft_weight,
             hard if hard_weight is None else hard_weight,
-            target_weight if apart else soft, soft, hard, target if apart else soft,
-            keep if prune else student, soft if beta is None else beta,
+            target_weight if decoupled else soft, soft, hard, target if decoupled else soft,
+            keep if pruned else student, soft if beta is None else beta,
             counters, shared,
-            N, parts, columns, student.shape[-2], vocab_size, student.shape[-1],
+            N, cut.parts, cut.columns, student.shape[-2], vocab_size, student.shape[-1],
             *s[2:], *t[2:], *g[2:],
-            DIVERGENCE=divergence, PRUNE=prune, PROBS=teacher_probs and divergence != NONE,
-            APART=apart,
-            HARD=hard_weight is not None,
-            TAIL=hard_weight is not None and student.shape[-1] > vocab_size,
-            LABELS=labels is not None, GRADIENT=dstudent is not None,
-            VECTOR=vector, G_VECTOR=vector if g is s or s.alike(g, lane) else 1, LANE=lane,
-            **options,
+            KIND=kind, TILE=tile, SAMPLE=cut.sample, PARTS=cut.most_parts, **cut.options,
         )  # fmt: skip
     return soft, hard
 
@@ -329,9 +217,21 @@ def sparse_rows(
     g = s if dstudent is None or dstudent is student else _rows(dstudent)
     size = student.element_size()
     lane = 16 // size
-    gpu = _device(student.device)
+    gpu = plan.device_of(student.device)
+    config = gpu.configuration(vocab_size * size)
+    kind = Kind(
+        divergence=FORWARD,
+        pruned=False,
+        probs=False,
+        decoupled=False,
+        hard=hard_weight is not None,
+        tail=hard_weight is not None and student.shape[-1] > vocab_size,
+        labels=labels is not None,
+        gradient=dstudent is not None,
+    )
+    tile = Tile(config.block, lane, lane if s.aligned else 1, lane if s.alike(g, lane) else 1)
     outside = sparse.RESTRICT if restricted else sparse.WHOLE if log_rest is None else sparse.BUCKET
-    with _current(student.device):
+    with plan.current(student.device):
         sparse.sparse_rows_kernel[(N,)](
             s.base, g.base, ids, log_probs,
             soft if log_rest is None else log_rest,
@@ -339,13 +239,9 @@ def sparse_rows(
             student_inv_temperature, teacher_inv_temperature, soft_weight,
             soft if hard_weight is None else hard_weight,
             soft, hard, k, student.shape[-2], vocab_size, student.shape[-1], *s[2:], *g[2:],
-            OUTSIDE=outside.value, HARD=hard_weight is not None,
-            TAIL=hard_weight is not None and student.shape[-1] > vocab_size,
-            LABELS=labels is not None,
-            GRADIENT=dstudent is not None, VECTOR=lane if s.aligned else 1,
-            G_VECTOR=lane if s.alike(g, lane) else 1, LANE=lane,
+            KIND=kind, TILE=tile, OUTSIDE=outside.value,
             K=triton.next_power_of_2(max(k, 16)),
-            **gpu.options(gpu.configuration(vocab_size * size)),
+            **gpu.options(config),
         )  # fmt: skip
     return soft, hard
 
@@ -359,10 +255,12 @@ def scale_rows_(dstudent: Tensor, scale: Tensor) -> None:
     if N == 0:
         return
     g = _rows(dstudent)
-    gpu, size = _device(dstudent.device), dstudent.element_size()
-    with _current(dstudent.device):
+    gpu, size = plan.device_of(dstudent.device), dstudent.element_size()
+    config = gpu.configuration(dstudent.shape[-1] * size)
+    vector = 16 // size if g.aligned else 1
+    with plan.current(dstudent.device):
         kernels.scale_rows_kernel[(N,)](
             g.base, scale, dstudent.shape[-2], dstudent.shape[-1], *g[2:],
-            PER_ROW=scale.numel() != 1, VECTOR=16 // size if g.aligned else 1,
-            **gpu.options(gpu.configuration(dstudent.shape[-1] * size)),
+            PER_ROW=scale.numel() != 1, TILE=Tile(config.block, 1, vector, vector),
+            **gpu.options(config),
         )  # fmt: skip

@@ -1,25 +1,19 @@
-"""What the Triton kernels know of numbers: tiles of logits, exponentials' companions, row edges.
+"""How a row lies in memory and is walked over: its edges, its tiles, the loop over them.
 
-Arguments of exponentials carry log2(e) / T: exp2 is one instruction on every GPU, exp several.
-Tiles are [BLOCK // LANE, LANE]: one thread holds a row of one, so that a reduction over axis 1
+Tiles are [block // lane, lane]: one thread holds a row of one, so that a reduction over axis 1
 needs no other thread, and sums over a row are kept per lane until its end.
 """
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
 
-from .. import triton as backend
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NINF = tl.constexpr(float("-inf"))
-INTERPRETED = tl.constexpr(backend.INTERPRETED)
+from .math import INTERPRETED, NINF
+from .types import NONE, Label, Weights
 
 
 @triton.jit
 def to_float(x):
-    """To float32. bfloat16 by a shift: fewer instructions than the conversion, and in Triton's
+    """`x` in float32. bfloat16 by a shift: fewer instructions than the conversion, and in Triton's
     interpreter exact, whose conversion loses subnormals."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -29,7 +23,8 @@ def to_float(x):
 
 @triton.jit
 def to_stored(x, dtype: tl.constexpr):
-    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates: round to even here
+    """`x` as it is stored, rounded to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
         bits = tl.where(x != x, (bits >> 16) | 0x40, rounded)
@@ -39,39 +34,8 @@ def to_stored(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def log2_of(P):
-    """log2 of a number that is 0 or normal, in one instruction; tl.log2 takes 20 of them."""
-    if not INTERPRETED and is_cuda():
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [P], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.log2(P)
-
-
-@triton.jit
-def logits_of(t, unit, PROBS: tl.constexpr, EXACT: tl.constexpr):
-    """A teacher's logits; of probabilities P as log2(unit P), the unit being a power of two that
-    brings every P > 0 above the subnormal numbers, which the logarithm takes for 0. EXACT: where it
-    is compared with a logit that may be close."""
-    if PROBS:
-        return tl.log2(t * unit) if EXACT else log2_of(t * unit)
-    else:
-        return t
-
-
-@triton.jit
-def unit_of(largest, PROBS: tl.constexpr):
-    """For a row with this largest probability, and log2 of it."""
-    shift = tl.full([], 0.0, tl.float32)
-    if PROBS:
-        shift = tl.where(largest < 2.0**104, 23.0, 0.0)
-    return tl.exp2(shift), shift
-
-
-@triton.jit
 def row_offset(row, shift, inner, outer_stride, inner_stride):
-    """Of row = a * inner + b; in 64 bits, for rows * V exceeds 2^31."""
+    """Elements before row = a * inner + b; in 64 bits, for rows * V exceeds 2^31."""
     row = tl.cast(row, tl.int64)
     return shift + row // inner * outer_stride + row % inner * inner_stride
 
@@ -80,6 +44,61 @@ def row_offset(row, shift, inner, outer_stride, inner_stride):
 def step_back(base, offset, columns, VECTOR: tl.constexpr):
     """`columns` before base + offset: tiles from there on begin with a whole vector."""
     return base + tl.multiple_of(offset - columns, VECTOR)
+
+
+@triton.jit
+def open_row(row, student, teacher, dstudent, inner, TILE: tl.constexpr, GRADIENT: tl.constexpr):
+    """Where a row of these Strided begins, stepped back to a whole vector by the columns before
+    `low`, and `low`."""
+    s_row = row_offset(row, student.shift, inner, student.outer, student.inner_stride)
+    t_row = row_offset(row, teacher.shift, inner, teacher.outer, teacher.inner_stride)
+    low = (s_row % TILE.vector).to(tl.int32)
+    s_row = step_back(student.base, s_row, low, TILE.vector)
+    t_row = step_back(teacher.base, t_row, low, TILE.vector)
+    g_row = s_row
+    if GRADIENT:
+        g_row = row_offset(row, dstudent.shift, inner, dstudent.outer, dstudent.inner_stride)
+        g_row = step_back(dstudent.base, g_row, low, TILE.g_vector)
+    return s_row, t_row, g_row, low
+
+
+@triton.jit
+def load_weights(row, pointers, KIND: tl.constexpr):
+    """The row's weights, 0 of a term that is not computed."""
+    soft = tl.full([], 0.0, tl.float32)
+    hard = soft
+    target = soft
+    if KIND.divergence != NONE:
+        soft = tl.load(pointers.soft + row)
+    if KIND.hard:
+        hard = tl.load(pointers.hard + row)
+    if KIND.decoupled:
+        target = tl.load(pointers.target + row)
+    return Weights(soft, hard, target)
+
+
+@triton.jit
+def load_label(row, labels, classes, KIND: tl.constexpr):
+    """The row's label, and whether it is one of so many classes."""
+    label = tl.full([], 0, tl.int64)
+    valid = True
+    if KIND.labels:
+        label = tl.load(labels + row)
+        valid = (label >= 0) & (label < classes)
+    return label.to(tl.int32), valid
+
+
+@triton.jit
+def label_logits(row, KIND: tl.constexpr):
+    """The label's logits, for the terms that take them: to be read before any thread, here or at
+    another slice, can have written the gradient over them."""
+    s = tl.full([], 0.0, tl.float32)
+    t = s
+    if KIND.hard or KIND.decoupled:
+        s = to_float(tl.load(row.student + row.label))
+    if KIND.decoupled:
+        t = to_float(tl.load(row.teacher + row.label))
+    return Label(s, t)
 
 
 @triton.jit
@@ -97,80 +116,101 @@ def edges(low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def beside_label(at_label, end, first, full, BLOCK: tl.constexpr, APART: tl.constexpr):
-    """Of the tiles that `edges` gave: where the whole one begins that holds the label, the end of
-    the masked ones, which it joins, and of the whole ones, which skip it."""
+def beside_label(label, end, first, full, BLOCK: tl.constexpr, LABEL: tl.constexpr):
+    """The whole tile that holds the label joins the masked ones, as their last, and the loop over
+    whole tiles skips it. Returns where it begins, the new end of the masked tiles and that of the
+    whole ones; `end`, `first` and `full` are what `edges` returned."""
     label_tile = full
-    if APART:
-        holds = ((at_label >= first) & (at_label < full)).to(tl.int32)
-        label_tile = tl.where(holds > 0, at_label // BLOCK * BLOCK, full)
+    if LABEL:
+        holds = ((label >= first) & (label < full)).to(tl.int32)
+        label_tile = tl.where(holds > 0, label // BLOCK * BLOCK, full)
         return label_tile, end + holds, full - holds * BLOCK
     else:
         return label_tile, end, full
 
 
 @triton.jit
-def masked_start(edge, end, full, label_tile, APART: tl.constexpr):
-    """Of `end` as `edges` gave it."""
-    return tl.where(edge == end, label_tile, edge * full) if APART else edge * full
+def masked_start(edge, end, full, label_tile, LABEL: tl.constexpr):
+    """Where the masked tile number `edge` begins; `end` is what `edges` returned, the number of the
+    label's tile."""
+    return tl.where(edge == end, label_tile, edge * full) if LABEL else edge * full
 
 
 @triton.jit
-def whole_start(start, label_tile, BLOCK: tl.constexpr, APART: tl.constexpr):
-    return start + tl.where(start >= label_tile, BLOCK, 0) if APART else start
+def whole_start(start, label_tile, BLOCK: tl.constexpr, LABEL: tl.constexpr):
+    """`start`, moved past the label's tile."""
+    return start + tl.where(start >= label_tile, BLOCK, 0) if LABEL else start
 
 
 @triton.jit
-def positions(start, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    return tl.reshape(start + tl.arange(0, BLOCK), [BLOCK // LANE, LANE])
+def each_tile(
+    fn: tl.constexpr, row, given, state, KIND: tl.constexpr, TILE: tl.constexpr,
+    BACKWARD: tl.constexpr,  # begins at the row's end: that is what the L2 cache still holds
+    VALUE: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, RAGGED) for every tile of
+    the row, those that need masks in a loop of their own: the row's ends, and the tile of a label
+    that is treated otherwise than other classes."""
+    BLOCK: tl.constexpr = TILE.block
+    LABEL: tl.constexpr = KIND.decoupled or KIND.hard
+    begin, end, first, full = edges(row.low, row.high, BLOCK)
+    label_tile, masked, whole = beside_label(row.label, end, first, full, BLOCK, LABEL)
+    if BACKWARD:
+        for edge in tl.range(begin, masked):
+            start = masked_start(edge, end, full, label_tile, LABEL)
+            state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, True)
+        for forward in tl.range(first, whole, BLOCK):
+            start = whole_start(whole - BLOCK + first - forward, label_tile, BLOCK, LABEL)
+            state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, False)
+    else:
+        for forward in tl.range(first, whole, BLOCK):
+            start = whole_start(forward, label_tile, BLOCK, LABEL)
+            state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, False)
+        for edge in tl.range(begin, masked):
+            start = masked_start(edge, end, full, label_tile, LABEL)
+            state = fn(row, given, state, start, KIND, TILE, VALUE, GRADIENT, True)
+    return state
+
+
+@triton.jit
+def positions(start, TILE: tl.constexpr):
+    """The columns of the tile that begins at `start`."""
+    return tl.reshape(start + tl.arange(0, TILE.block), [TILE.block // TILE.lane, TILE.lane])
 
 
 @triton.jit
 def load_tile(
-    pointer,
-    start,
-    low,
-    high,
-    VECTOR: tl.constexpr,  # 1 where the row is not aligned
-    BLOCK: tl.constexpr,
-    LANE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    LAST: tl.constexpr,  # the row is not read again: its lines may go
-):
-    """float32 [BLOCK // LANE, LANE], -inf outside [low, high), where nothing is read."""
-    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, BLOCK)
+    pointer, start, low, high, TILE: tl.constexpr, RAGGED: tl.constexpr,
+    LAST: tl.constexpr,  # the row is not read again: its lines may leave the cache
+):  # fmt: skip
+    """float32 [block // lane, lane], -inf outside [low, high), where nothing is read."""
+    VECTOR: tl.constexpr = TILE.vector
+    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, TILE.block)
     policy: tl.constexpr = "evict_first" if LAST else ""
     if RAGGED:
         vector = columns // VECTOR * VECTOR
         whole = (vector >= low) & (vector + VECTOR <= high)
         x = tl.load(pointer + columns, mask=whole, other=NINF, eviction_policy=policy)
-        if VECTOR > 1:  # of the two vectors that are not
+        if VECTOR > 1:  # the vectors that the row begins and ends in, by columns
             inside = (columns >= low) & (columns < high) & ~whole
             edge = tl.load(pointer + columns, mask=inside, other=NINF, eviction_policy=policy)
             x = tl.where(whole, x, edge)
     else:
         x = tl.load(pointer + columns, eviction_policy=policy)
-    return tl.reshape(to_float(x), [BLOCK // LANE, LANE])
+    return tl.reshape(to_float(x), [TILE.block // TILE.lane, TILE.lane])
 
 
 @triton.jit
-def store_tile(
-    pointer,
-    values,
-    start,
-    low,
-    high,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, BLOCK)
-    values = to_stored(tl.reshape(values, [BLOCK]), pointer.dtype.element_ty)
+def store_tile(pointer, values, start, low, high, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    """Writes what load_tile reads, rounded to the pointer's dtype."""
+    VECTOR: tl.constexpr = TILE.g_vector
+    columns = tl.multiple_of(start, VECTOR) + tl.arange(0, TILE.block)
+    values = to_stored(tl.reshape(values, [TILE.block]), pointer.dtype.element_ty)
     if RAGGED:
         vector = columns // VECTOR * VECTOR
         whole = (vector >= low) & (vector + VECTOR <= high)
         tl.store(pointer + columns, values, mask=whole, eviction_policy="evict_first")
-        if VECTOR > 1:  # of the two vectors that are not
+        if VECTOR > 1:  # the vectors that the row begins and ends in, by columns
             inside = (columns >= low) & (columns < high) & ~whole
             tl.store(pointer + columns, values, mask=inside, eviction_policy="evict_first")
     else:
@@ -178,80 +218,36 @@ def store_tile(
 
 
 @triton.jit
-def excess(a, b, d, a_absent, b_absent):
-    """a d - a + b for d = ln(a / b), whose sum is KL(a || b): no term is < 0, none cancels.
-
-    Below |d| = 1/4 by the series of d + exp(-d) - 1. A class of logit -inf has a = 0 and leaves b;
-    b absent where a is not is +inf, also where a has underflowed.
-    """
-    series = (((((-1 / 5040.0) * d + 1 / 720.0) * d - 1 / 120.0) * d + 1 / 24.0) * d - 1 / 6.0) * d
-    near = a * (d * d) * (series + 0.5)
-    far = tl.where(a > 0, a * d, 0.0) + (b - a)
-    value = tl.where(tl.abs(d) < 0.25, near, far)
-    return tl.where(a_absent, b, tl.where(b_absent, float("inf"), value))
+def load_student(row, start, TILE: tl.constexpr, RAGGED: tl.constexpr, LAST: tl.constexpr):
+    return load_tile(row.student, start, row.low, row.high, TILE, RAGGED, LAST)
 
 
 @triton.jit
-def log_terms(y):
-    """ln(1 + y), and (1 + y) ln(1 + y) - y to its own precision also near y = 0; y >= -1.
-
-    ln 0 is taken as ln of the smallest normal number. ln(1 + f) = f - f^2 q(f).
-    """
-    r = tl.maximum(1.0 + y, 1.1754943508222875e-38)
-    bits = r.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23  # r = 2^k * [sqrt(1/2), sqrt(2))
-    reduced = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    f = tl.where(k == 0, y, reduced)
-    q = -0.0873475952 * f + 0.14307497
-    q = q * f - 0.149179918
-    q = q * f + 0.165705125
-    q = q * f - 0.199620709
-    q = q * f + 0.250017551
-    q = q * f - 0.333339502
-    q = q * f + 0.499999916
-    log = f - f * f * q + k.to(tl.float32) * LN2
-    return log, tl.where(k == 0, f * f * (1.0 - (1.0 + f) * q), r * log - y)
+def load_teacher(row, start, TILE: tl.constexpr, RAGGED: tl.constexpr, LAST: tl.constexpr):
+    return load_tile(row.teacher, start, row.low, row.high, TILE, RAGGED, LAST)
 
 
 @triton.jit
-def expm1(x):
-    series = 1 / 6.0 + x * (1 / 24.0 + x * (1 / 120.0 + x * (1 / 720.0)))
-    series = 1.0 + x * (1 / 2.0 + x * series)
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp2(x * LOG2E) - 1.0)
+def store_gradient(row, values, start, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    store_tile(row.gradient, values, start, row.low, row.high, TILE, RAGGED)
 
 
 @triton.jit
-def logistic(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+def fill(row, value, TILE: tl.constexpr):
+    """Writes one value as the gradient of every class."""
+    BLOCK: tl.constexpr = TILE.block
+    values = tl.zeros([BLOCK], tl.float32) + value
+    begin, end, first, full = edges(row.low, row.high, BLOCK)
+    for start in tl.range(first, full, BLOCK):
+        store_gradient(row, values, start, TILE, False)
+    for edge in tl.range(begin, end):
+        store_gradient(row, values, edge * full, TILE, True)
 
 
 @triton.jit
-def log_logistic(x):
-    log, _ = log_terms(tl.exp2(-tl.abs(x) * LOG2E))
-    return tl.minimum(x, 0.0) - log
-
-
-@triton.jit
-def log_quotient(delta, b, otherwise):
-    """ln((b + delta) / b), from `delta` where that is small."""
-    near = tl.abs(delta) < 0.25 * b
-    log, _ = log_terms(tl.where(near, delta / b, 0.0))
-    return tl.where(near, log, otherwise)
-
-
-@triton.jit
-def binary_divergence(a, b, gap):
-    """KL((p, 1 - p) || (q, 1 - q)) and q - p, of the odds a = ln(p / (1 - p)) and b of q, and of
-    b - a. No digit is lost where either is near 0 or 1, nor where the two agree; the odds may be
-    infinite."""
-    p = logistic(a)
-    q = logistic(b)
-    p_not = logistic(-a)
-    q_not = logistic(-b)
-    fall = expm1(-tl.abs(gap))
-    delta = tl.where(gap > 0, -q * p_not * fall, p * q_not * fall)
-    log = log_quotient(-delta, q, log_logistic(a) - log_logistic(b))
-    log_not = log_quotient(delta, q_not, log_logistic(-a) - log_logistic(-b))
-    infinity = float("inf")
-    divergence = excess(p, q, log, a == -infinity, b == -infinity)
-    return divergence + excess(p_not, q_not, log_not, a == infinity, b == infinity), delta
+def fill_tail(row, high, stop, TILE: tl.constexpr):
+    """Writes zeros as the gradient of the columns [high, stop)."""
+    BLOCK: tl.constexpr = TILE.block
+    for start in tl.range(high // BLOCK * BLOCK, stop, BLOCK):
+        zeros = tl.zeros([BLOCK], tl.float32)
+        store_tile(row, zeros, start, high, stop, TILE, True)

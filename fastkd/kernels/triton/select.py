@@ -16,7 +16,7 @@ from .load import edges, load_tile, to_float
 
 @triton.jit
 def key_of(x, LIKE: tl.constexpr):
-    """Of the float32 `x`, cut to what the dtype LIKE stores."""
+    """The key of the float32 `x`, cut to what the dtype LIKE stores."""
     if LIKE == tl.float16:
         bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         magnitude = bits & 0x7FFF
@@ -46,11 +46,10 @@ def infinity_key(LIKE):
 
 
 @triton.jit
-def count_tile(
-    row, start, low, high, pivot0, pivot1, pivot2, n0, n1, n2, largest,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    x = load_tile(row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
+def count_tile(row, start, low, high, pivots, counts, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    pivot0, pivot1, pivot2 = pivots
+    n0, n1, n2, largest = counts
+    x = load_tile(row, start, low, high, TILE, RAGGED, False)
     n0 += tl.sum((~(x < pivot0)).to(tl.int32), 1)
     n1 += tl.sum((~(x < pivot1)).to(tl.int32), 1)
     n2 += tl.sum((~(x < pivot2)).to(tl.int32), 1)
@@ -58,28 +57,25 @@ def count_tile(
 
 
 @triton.jit
-def count(
-    row, low, high, pivot0, pivot1, pivot2,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+def count(row, low, high, pivots, TILE: tl.constexpr):
     """How many logits reach each pivot, all > -inf, and the largest that is no NaN."""
-    n0 = tl.zeros([BLOCK // LANE], tl.int32)
-    n1 = tl.zeros([BLOCK // LANE], tl.int32)
-    n2 = tl.zeros([BLOCK // LANE], tl.int32)
-    largest = tl.full([BLOCK // LANE], float("-inf"), tl.float32)
-    begin, end, first, full = edges(low, high, BLOCK)
-    for start in tl.range(first, full, BLOCK):
-        n0, n1, n2, largest = count_tile(row, start, low, high, pivot0, pivot1, pivot2, n0, n1,
-                                         n2, largest, VECTOR, BLOCK, LANE, False)  # fmt: skip
+    n0 = tl.zeros([TILE.block // TILE.lane], tl.int32)
+    n1 = tl.zeros([TILE.block // TILE.lane], tl.int32)
+    n2 = tl.zeros([TILE.block // TILE.lane], tl.int32)
+    largest = tl.full([TILE.block // TILE.lane], float("-inf"), tl.float32)
+    counts = (n0, n1, n2, largest)
+    begin, end, first, full = edges(low, high, TILE.block)
+    for start in tl.range(first, full, TILE.block):
+        counts = count_tile(row, start, low, high, pivots, counts, TILE, False)
     for edge in tl.range(begin, end):
-        n0, n1, n2, largest = count_tile(row, edge * full, low, high, pivot0, pivot1, pivot2, n0,
-                                         n1, n2, largest, VECTOR, BLOCK, LANE, True)  # fmt: skip
+        counts = count_tile(row, edge * full, low, high, pivots, counts, TILE, True)
+    n0, n1, n2, largest = counts
     return tl.sum(n0, 0), tl.sum(n1, 0), tl.sum(n2, 0), tl.max(largest, 0)
 
 
 @triton.jit
 def sample_keys(row, low, high, keep, SAMPLE: tl.constexpr, LANE: tl.constexpr):
-    """Keys that the answer lies around, [4]: of ranks some deviations below it, at it and above."""
+    """Three keys that the answer lies around, by rank: some deviations below it, at it, above."""
     LIKE: tl.constexpr = row.dtype.element_ty
     # Whole vectors of LANE columns, evenly over the row.
     vectors: tl.constexpr = SAMPLE // LANE
@@ -110,10 +106,7 @@ def sample_keys(row, low, high, keep, SAMPLE: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(
-    row, low, high, keep,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, SAMPLE: tl.constexpr,
-):  # fmt: skip
+def kth_largest(row, low, high, keep, TILE: tl.constexpr, SAMPLE: tl.constexpr):
     """A number that exactly the `keep` largest of columns [low, high) reach, and their equals."""
     LIKE: tl.constexpr = row.dtype.element_ty
     INFINITY: tl.constexpr = infinity_key(LIKE)
@@ -128,14 +121,14 @@ def kth_largest(
     key2 = key0
     sampled = high - low >= 4 * SAMPLE
     if sampled:
-        key0, key1, key2 = sample_keys(row, low, high, keep, SAMPLE, LANE)
+        key0, key1, key2 = sample_keys(row, low, high, keep, SAMPLE, TILE.lane)
     while (reached != keep) & (top - bottom > 1):
         width = top - bottom
         if (sweep > 0) | ~sampled:
             key0 = bottom + width // 4
             key1 = bottom + width // 2
             key2 = top - width // 4
-            # As if the logits lay evenly in the bracket: where the answer then is, and two
+            # The guess is where the answer is if the logits lie evenly in the bracket, with two
             # deviations of its order statistic around it. The middle key still halves the bracket.
             value = float_of(bottom, LIKE)
             inside = (reached - above).to(tl.float32)
@@ -151,8 +144,8 @@ def kth_largest(
         key0 = tl.minimum(tl.maximum(key0, bottom + 1), top - 1)
         key1 = tl.minimum(tl.maximum(key1, key0), top - 1)
         key2 = tl.minimum(tl.maximum(key2, key1), top - 1)
-        n0, n1, n2, largest = count(row, low, high, float_of(key0, LIKE), float_of(key1, LIKE),
-                                    float_of(key2, LIKE), VECTOR, BLOCK, LANE)  # fmt: skip
+        pivots = (float_of(key0, LIKE), float_of(key1, LIKE), float_of(key2, LIKE))
+        n0, n1, n2, largest = count(row, low, high, pivots, TILE)
         if n2 >= keep:
             bottom = key2
             reached = n2

@@ -1,153 +1,68 @@
-"""The passes over one row: maxima, sums of exponentials, then divergence and gradient.
-
-See row.py for their order.
-"""
+"""The first read of a row: its offsets and sums, and the terms that follow from sums alone."""
 
 import triton
 import triton.language as tl
 
-from ... import spec
-from .load import (
-    LN2,
-    LOG2E,
-    NINF,
-    beside_label,
-    edges,
-    excess,
-    expm1,
-    load_tile,
-    log_terms,
-    logits_of,
-    masked_start,
-    positions,
-    row_offset,
-    step_back,
-    store_tile,
-    to_float,
-    unit_of,
-    whole_start,
-)
-
-# Which divergence D(p, q): none, or one of spec.py.
-NONE, FORWARD, REVERSE, MIXTURE = (
-    tl.constexpr(x) for x in (-1, spec.FORWARD, spec.REVERSE, spec.MIXTURE)
-)
+from .classes import kept_classes, logits_of, unit_of, where_kept
+from .load import each_tile, load_student, load_teacher, positions
+from .math import LN2, LOG2E, NINF, binary_divergence, log_terms
+from .types import FORWARD, MIXTURE, NONE, REVERSE, Hard, Offsets, Read, Scales, Sums
 
 
 @triton.jit
-def open_row(
-    row, student, teacher, dstudent, labels, soft_weight, hard_weight, target_weight, inner,
-    classes,
-    s_shift, s_outer, s_inner, t_shift, t_outer, t_inner, g_shift, g_outer, g_inner,
-    DIVERGENCE: tl.constexpr, APART: tl.constexpr, HARD: tl.constexpr, LABELS: tl.constexpr,
-    GRADIENT: tl.constexpr, VECTOR: tl.constexpr, G_VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Where a row begins, stepped back to a whole vector by the columns before `low`; its weights;
-    whether it is skipped; its label, and whether that is one of so many classes."""
-    s_row = row_offset(row, s_shift, inner, s_outer, s_inner)
-    t_row = row_offset(row, t_shift, inner, t_outer, t_inner)
-    low = (s_row % VECTOR).to(tl.int32)
-    s_row = step_back(student, s_row, low, VECTOR)
-    t_row = step_back(teacher, t_row, low, VECTOR)
-    g_row = s_row
-    if GRADIENT:
-        g_row = row_offset(row, g_shift, inner, g_outer, g_inner)
-        g_row = step_back(dstudent, g_row, low, G_VECTOR)
-    s_weight = tl.full([], 0.0, tl.float32)
-    h_weight = s_weight
-    t_weight = s_weight
-    if DIVERGENCE != NONE:
-        s_weight = tl.load(soft_weight + row)
-    if HARD:
-        h_weight = tl.load(hard_weight + row)
-    if APART:
-        t_weight = tl.load(target_weight + row)
-    skipped = (s_weight == 0) & (h_weight == 0) & (t_weight == 0)
-    label = tl.full([], 0, tl.int64)
-    valid = True
-    if LABELS:
-        label = tl.load(labels + row)
-        valid = (label >= 0) & (label < classes)
-    label = label.to(tl.int32)
-    return s_row, t_row, g_row, low, s_weight, h_weight, t_weight, skipped, label, valid
-
-
-@triton.jit
-def kept_classes(
-    t, threshold, start, low, high, at_label,
-    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Mask of a tile of the teacher as it is stored; only called where PRUNE or RAGGED, as the tile
-    of the label is that is left out where APART. What has no logarithm and a NaN is kept, and
-    spoils its row."""
-    kept = ~(t < threshold)
-    if PROBS:
-        kept = kept | (t < 0)
-    if RAGGED:
-        at = positions(start, BLOCK, LANE)
-        inside = (at >= low) & (at < high)
-        if APART:
-            inside = inside & (at != at_label)
-        kept = (kept & inside) if PRUNE else inside
-    return kept
-
-
-@triton.jit
-def maxima(
-    s_row, t_row, end, low, high, threshold, at_label,
-    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Of the columns before `end`: max of s and of t over the kept, of s over all, NaN in s; and
-    unit_of the row."""
-    s_max = tl.full([BLOCK // LANE], NINF, tl.float32)
+def find_offsets(row, end, KIND: tl.constexpr, TILE: tl.constexpr):
+    """The maxima of the columns before `end`: of s and of t over the kept classes, of s over all;
+    the unit_of the row; and how many NaN s has."""
+    s_max = tl.full([TILE.block // TILE.lane], NINF, tl.float32)
     t_max = s_max
     h_max = s_max
-    lost = tl.zeros([BLOCK // LANE], tl.int32)
-    for start in tl.range(0, end, BLOCK):
-        s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, True, False)
-        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, True, False)
+    nans = tl.zeros([TILE.block // TILE.lane], tl.int32)
+    for start in tl.range(0, end, TILE.block):
+        s = load_student(row, start, TILE, True, False)
+        t = load_teacher(row, start, TILE, True, False)
         h_max = tl.maximum(h_max, tl.max(s, 1))
-        if PRUNE:
-            lost += tl.sum((s != s).to(tl.int32), 1)
-        if PRUNE or APART:
-            kept = kept_classes(
-                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, True
-            )
+        if KIND.pruned:
+            nans += tl.sum((s != s).to(tl.int32), 1)
+        if KIND.pruned or KIND.decoupled:
+            kept = kept_classes(row, t, start, KIND, TILE, True)
             s = tl.where(kept, s, NINF)
             t = tl.where(kept, t, NINF)
         s_max = tl.maximum(s_max, tl.max(s, 1))
         t_max = tl.maximum(t_max, tl.max(t, 1))
-    t_max = tl.max(t_max, 0)
-    unit, shift = unit_of(t_max, PROBS)
-    if PROBS:
-        t_max = logits_of(tl.maximum(t_max, 0.0), unit, PROBS, False)
-    return tl.max(s_max, 0), t_max, tl.max(h_max, 0), tl.sum(lost, 0), unit, shift
+    t_offset = tl.max(t_max, 0)
+    unit, shift = unit_of(t_offset, KIND.probs)
+    if KIND.probs:
+        t_offset = logits_of(tl.maximum(t_offset, 0.0), unit, True, False)
+    offsets = Offsets(tl.max(s_max, 0), t_offset, tl.max(h_max, 0))
+    return offsets, unit, shift, tl.sum(nans, 0)
 
 
 @triton.jit
-def sums_of(
-    s, t, start, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
-    zs, zt, zh, cross,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr,
-    BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
+def finite(offset):
+    return tl.where(offset == NINF, 0.0, offset)
+
+
+@triton.jit
+def sums_tile(
+    row, given, state, start, KIND: tl.constexpr, TILE: tl.constexpr,
+    VALUE: tl.constexpr, GRADIENT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """What one tile adds to the sums; `t` only where there is a divergence."""
-    if HARD:
+    """What one tile adds to each lane's sums."""
+    offsets, scales = given
+    zs, zt, zh, cross = state
+    s = load_student(row, start, TILE, RAGGED, False)
+    if KIND.divergence != NONE:
+        t = load_teacher(row, start, TILE, RAGGED, False)
+    if KIND.hard:
         h = s
         if RAGGED:
-            h = tl.where(positions(start, BLOCK, LANE) == at_label, NINF, s)
-        zh += tl.sum(tl.exp2((h - h_max) * LOG2E), 1)
-    if DIVERGENCE != NONE:
-        us = (s - s_max) * s_scale
-        ut = (logits_of(t, unit, PROBS, False) - t_max) * t_scale
-        if PRUNE or RAGGED:
-            kept = kept_classes(
-                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
-            )
-        if PRUNE or (PROBS and RAGGED) or (APART and RAGGED):
+            h = tl.where(positions(start, TILE) == row.label, NINF, s)
+        zh += tl.sum(tl.exp2((h - offsets.h) * LOG2E), 1)
+    if KIND.divergence != NONE:
+        us = (s - offsets.s) * (scales.s * LOG2E)
+        ut = (logits_of(t, scales.unit, KIND.probs, False) - offsets.t) * (scales.t * LOG2E)
+        kept = kept_classes(row, t, start, KIND, TILE, RAGGED)
+        if KIND.pruned or ((KIND.probs or KIND.decoupled) and RAGGED):
             us = tl.where(kept, us, NINF)
             ut = tl.where(kept, ut, NINF)
         es = tl.exp2(us)
@@ -155,395 +70,156 @@ def sums_of(
         zs += tl.sum(es, 1)
         zt += tl.sum(et, 1)
         # NaN or infinite where a logit is; that is how the careful rows are found.
-        if DIVERGENCE == FORWARD:
-            term = et * (ut - us)
-        if DIVERGENCE == REVERSE:
-            term = es * (us - ut)
-        if DIVERGENCE != MIXTURE:
-            if PRUNE or RAGGED:
-                term = tl.where(kept, term, 0.0)
-            cross += tl.sum(term, 1)
+        if KIND.divergence == FORWARD:
+            cross += tl.sum(where_kept(kept, et * (ut - us), 0.0, KIND, RAGGED), 1)
+        if KIND.divergence == REVERSE:
+            cross += tl.sum(where_kept(kept, es * (us - ut), 0.0, KIND, RAGGED), 1)
     return zs, zt, zh, cross
 
 
 @triton.jit
-def sums_tile(
-    s_row, t_row, start, low, high, threshold, unit, at_label, s_max, t_max, h_max,
-    s_scale, t_scale, zs, zt, zh, cross,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
-    t = s
-    if DIVERGENCE != NONE:
-        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, False)
-    return sums_of(
-        s, t, start, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
-        zs, zt, zh, cross, DIVERGENCE, PRUNE, PROBS, APART, HARD, BLOCK, LANE, RAGGED,
-    )  # fmt: skip
-
-
-@triton.jit
-def sums(
-    s_row, t_row, low, high, threshold, unit, at_label, s_max, t_max, h_max, s_scale, t_scale,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Sums of exp((x - max) / T) of both sides, of the student's at T = 1 over all classes but the
-    label, and of a exp * ln(a / b) before normalisation, all in powers of two. Besides, the largest
-    part of either side's sum that fell to one lane, nearly all where a row is sure of a class; all
-    parts of the student's; and how far those of the last sum are from the mean, of the reverse."""
-    zs = tl.zeros([BLOCK // LANE], tl.float32)
-    zt = zs
-    zh = zs
-    cross = zs
-    begin, end, first, full = edges(low, high, BLOCK)
-    LABEL: tl.constexpr = APART or HARD
-    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, LABEL)
-    for start in tl.range(first, whole, BLOCK):
-        zs, zt, zh, cross = sums_tile(
-            s_row, t_row, whole_start(start, label_tile, BLOCK, LABEL), low, high, threshold, unit,
-            at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
-            DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, False,
-        )  # fmt: skip
-    for edge in tl.range(begin, masked):
-        zs, zt, zh, cross = sums_tile(
-            s_row, t_row, masked_start(edge, end, full, label_tile, LABEL), low, high, threshold,
-            unit, at_label, s_max, t_max, h_max, s_scale, t_scale, zs, zt, zh, cross,
-            DIVERGENCE, PRUNE, PROBS, APART, HARD, VECTOR, BLOCK, LANE, True,
-        )  # fmt: skip
+def find_sums(row, offsets, scales, KIND: tl.constexpr, TILE: tl.constexpr):
+    """The sums of a row, and each lane's part of the student's."""
+    zero = tl.zeros([TILE.block // TILE.lane], tl.float32)
+    zs, zt, zh, cross = each_tile(
+        sums_tile, row, (offsets, scales), (zero, zero, zero, zero), KIND, TILE, False, True, False
+    )
     spread = tl.sum(zs, 0) * 0.0
-    if DIVERGENCE == REVERSE:
+    if KIND.divergence == REVERSE:
         spread = tl.sum(tl.abs(cross - zs * (tl.sum(cross, 0) / tl.sum(zs, 0))), 0)
-    return (
+    sums = Sums(
         tl.sum(zs, 0), tl.sum(zt, 0), tl.sum(zh, 0), tl.sum(cross, 0),
-        tl.max(zs, 0), tl.max(zt, 0), zs, spread,
+        tl.max(zs, 0), tl.max(zt, 0), spread,
     )  # fmt: skip
+    return sums, zs
 
 
 @triton.jit
-def top_class(
-    s_row, t_row, low, high, threshold, unit, at_label, lanes, most,
-    PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Both sides' logits of the student's largest class, which is one of the few of the lane whose
-    part is `most`; -inf where there is none."""
-    lane = tl.max(tl.where(lanes == most, tl.arange(0, BLOCK // LANE), 0), 0)
-    s_top = tl.full([], NINF, tl.float32)
-    t_top = s_top
-    for start in tl.range(0, high, BLOCK * (BLOCK // LANE)):
-        place = positions(0, BLOCK, LANE)
-        at = start + place // LANE * BLOCK + lane * LANE + place % LANE
-        inside = (at >= low) & (at < high)
-        if APART:
-            inside = inside & (at != at_label)
-        s = to_float(tl.load(s_row + at, mask=inside, other=NINF))
-        t = to_float(tl.load(t_row + at, mask=inside, other=NINF))
-        if PRUNE:
-            s = tl.where(t < threshold, NINF, s)
-        if PROBS:
-            t = logits_of(tl.maximum(t, 0.0), unit, PROBS, True)
-        largest = tl.max(tl.max(s, 1), 0)
-        other = tl.max(tl.max(tl.where(s == largest, t, NINF), 1), 0)
-        t_top = tl.where(largest > s_top, other, t_top)
-        s_top = tl.maximum(s_top, largest)
-    return s_top, t_top
+def first_read(
+    row, s_inverse, t_inverse, label, KIND: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
+):
+    """Offsets and sums. The first tile mostly holds a number near enough to the maximum; where it
+    does not, the row is read again for its own."""
+    zero = tl.full([], 0.0, tl.float32)
+    offsets = Offsets(zero, zero, zero)
+    sums = Sums(zero, zero, zero, zero, zero, zero, zero)
+    lanes = tl.zeros([TILE.block // TILE.lane], tl.float32)
+    nans = tl.full([], 0, tl.int32)
+    tries = nans
+    unit = zero
+    shift = zero
+    sound = False
+    end = row.high if KIND.pruned else tl.minimum(row.high, TILE.block)
+    while tries < 2:
+        offsets, unit, shift, nans = find_offsets(row, end, KIND, TILE)
+        if KIND.hard:
+            offsets = Offsets(offsets.s, offsets.t, tl.maximum(offsets.h, label.s))
+        # A slice without a finite logit then adds 0 to the sums of its row. A whole row without one
+        # is NaN, and without one beside its label it has sums of 0.
+        used = offsets
+        if (PARTS > 1 or KIND.decoupled) and tries > 0:
+            used = Offsets(finite(offsets.s), finite(offsets.t), finite(offsets.h))
+        if KIND.tail and tries > 0:  # the tail may have one
+            used = Offsets(used.s, used.t, finite(offsets.h))
+        sums, lanes = find_sums(row, used, Scales(s_inverse, t_inverse, unit, shift), KIND, TILE)
+        sound = sums.s + sums.t + sums.h < 16777216.0
+        tries = tl.where(sound, 2, tries + 1)
+        end = row.high
+    scales = Scales(s_inverse, t_inverse, unit, shift)
+    return Read(offsets, scales, sums, sound, nans, lanes, sums.s_most)
 
 
 @triton.jit
-def hard_terms(others, h_max, label_logit):
-    """The hard term, log2 of the sum of all classes, and the slope at the label, which has digits
-    also where the label is sure: of the sum of the other classes, not of 1 - q."""
-    own = tl.exp2((label_logit - h_max) * LOG2E)
+def hard_terms(others, offset, label_logit):
+    """The hard term, and the softmax of its gradient. The slope at the label has digits also where
+    the row is sure of it: it comes of the sum of the other classes, not of 1 - q."""
+    own = tl.exp2((label_logit - offset) * LOG2E)
     total = others + own
-    h_log = tl.log2(total)
+    log = tl.log2(total)
     sure = others < own
-    log, _ = log_terms(tl.where(sure, others / own, 0.0))
-    hard = tl.where(sure, log, h_log * LN2 + (h_max - label_logit))
-    return hard, h_log, -others / total
+    near, _ = log_terms(tl.where(sure, others / own, 0.0))
+    hard = tl.where(sure, near, log * LN2 + (offset - label_logit))
+    return hard, Hard(offset, log, -others / total)
 
 
 @triton.jit
-def hard_slope(
-    s, start, at_label, h_max, h_log, label_slope,
-    LABEL: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Of the hard term, with respect to a tile of s; LABEL: which may hold the label."""
-    slope = tl.exp2((s - h_max) * LOG2E - h_log)
+def hard_slope(row, s, start, hard, LABEL: tl.constexpr, TILE: tl.constexpr):
+    """The hard term's derivative by a tile of s; LABEL: the tile may hold the label."""
+    slope = tl.exp2((s - hard.offset) * LOG2E - hard.log)
     if LABEL:
-        slope = tl.where(positions(start, BLOCK, LANE) == at_label, label_slope, slope)
+        slope = tl.where(positions(start, TILE) == row.label, hard.slope, slope)
     return slope
 
 
 @triton.jit
-def difference(s, t, s_zero, t_zero, ratio, less, less_low):
-    """(s - s_zero) - (t - t_zero) ratio - less, rounded once where ratio is 1 and so the zeros 0:
-    what the first difference is rounded by is found and added."""
-    a = s - s_zero
-    b = (t - t_zero) * ratio
-    apart = a - b
-    moved = apart - a
-    low = (a - (apart - moved)) - (b + moved)
-    low = tl.where(tl.abs(apart) < float("inf"), low - less_low, 0.0)
-    return (apart - less) + low
+def target_terms(label, offsets, scales, logs, log_ratio, excessive, weight):
+    """The target term of a decoupled row, what the label gains from the other classes, and the
+    difference between the two sides' odds of it. That difference may be far below the odds; so it
+    is taken in float64."""
+    of_t = (label.t - offsets.t) * scales.t - logs.t * LN2
+    of_s = (label.s - offsets.s) * scales.s - logs.s * LN2
+    ratio = scales.t.to(tl.float64) / scales.s
+    gap = (label.s.to(tl.float64) - offsets.s) - (label.t.to(tl.float64) - offsets.t) * ratio
+    gap = (gap * scales.s - log_ratio - excessive).to(tl.float32)
+    gap = tl.where(tl.abs(gap) < float("inf"), gap, tl.where(of_s == of_t, 0.0, of_s - of_t))
+    term, gain = binary_divergence(of_t, of_s, gap)
+    return term, tl.where(weight != 0, weight * scales.s * gain, 0.0), gap
 
 
 @triton.jit
-def second_of(
-    s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
-    soft_factor, hard_factor, target_factor, label_slope,
-    divergence, beta, rest, at_label, value0, value1, value2, value3,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
-    G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """What one tile adds to the sums of `second`, and its gradient to g_row."""
-    GUARDED: tl.constexpr = CAREFUL or DIVERGENCE == MIXTURE
-    if DIVERGENCE != NONE:
-        if PRUNE or RAGGED:
-            kept = kept_classes(
-                t, threshold, start, low, high, at_label, PRUNE, PROBS, APART, BLOCK, LANE, RAGGED
-            )
-        t = logits_of(t, unit, PROBS, CAREFUL)
-        ds = s - s_max
-        dt = t - t_max
-        # The logarithm of a sum is subtracted by itself: added to the maximum first, it would be
-        # rounded as a logit is.
-        log_q = ds * (s_inverse * LOG2E) - s_log
-        log_p = dt * (t_inverse * LOG2E) - t_log
-        if PRUNE or RAGGED:
-            log_q = tl.where(kept, log_q, NINF)
-            log_p = tl.where(kept, log_p, NINF)
-        q = tl.exp2(log_q)
-        p = tl.exp2(log_p)
-        soft = q - p
-        if CAREFUL:
-            # ln(q / p) is x, and d what it is more than at the class that both sides are relative
-            # to, where d is 0 however products and sums are fused, as it is where the logits agree.
-            # Finite wherever these are: log_q may overflow at the lowest of them.
-            d = difference(s, t, s_zero, t_zero, t_inverse / s_inverse, from_top, from_top_low)
-            d *= s_inverse
-            x = d - log_ratio
-            # To the precision of the logits' difference, where q - p has that of p.
-            soft = tl.where(tl.abs(x) < 0.5, p * expm1(x), soft)
-            no_s = s == NINF
-            if VALUE:
-                value2 += tl.sum(soft, 1)
-            if DIVERGENCE == FORWARD:
-                if VALUE:
-                    term = excess(p, q, -x, t == NINF, no_s)
-                    value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
-                soft = tl.where(no_s, 0.0, soft)
-            if DIVERGENCE == REVERSE:
-                if VALUE:
-                    term = excess(q, p, x, no_s, t == NINF)
-                    value0 += tl.sum(tl.where(kept, term, 0.0) if PRUNE or RAGGED else term, 1)
-                bracket = d
-            if DIVERGENCE == MIXTURE:
-                # ln(q / m), likewise: its exponential is q / p over beta + rest q / p.
-                near = tl.abs(d) < tl.where(at_top > 0, 0.5, 0.0)
-                change = tl.where(near, at_top * expm1(-d), tl.exp2(-x * LOG2E) - at_top)
-                bracket, _ = log_terms(change * (beta / (rest + beta * at_top)))
-                bracket = -bracket
-            if VALUE and DIVERGENCE != FORWARD:
-                value3 += tl.sum(tl.where(q > 0, q * bracket, 0.0), 1)
-        if DIVERGENCE == MIXTURE:
-            # p / m = 1 - rest y and q / m = 1 + beta y: each divergence is a sum of
-            # r ln r - r + 1 over m, without cancellation.
-            m = beta * p + rest * q
-            y = soft / tl.maximum(m, 1.1754943508222875e-38)
-            log, from_q = log_terms(beta * y)
-            if VALUE:
-                _, from_p = log_terms(-rest * y)
-                value0 += tl.sum(m * from_p, 1)
-                value1 += tl.sum(m * from_q, 1)
-            if not CAREFUL:
-                soft = rest * q * (log - divergence)
-        elif not CAREFUL:
-            # sum(q - p) is 0: with it the errors of both normalisers cancel to first order.
-            if DIVERGENCE == FORWARD:
-                term = p * (log_p - log_q)
-                remainder = soft
-            else:
-                term = q * (log_q - log_p)
-                remainder = -soft
-                soft = q * ((log_q - log_p) * LN2 - divergence)
-            if PRUNE or RAGGED:
-                term = tl.where(kept, term, 0.0)
-                if DIVERGENCE == REVERSE:  # q - p is 0 - 0 there
-                    soft = tl.where(kept, soft, 0.0)
-            if VALUE:
-                value0 += tl.sum(term, 1)
-                value1 += tl.sum(remainder, 1)
-        if CAREFUL and DIVERGENCE != FORWARD:
-            share = rest * q if DIVERGENCE == MIXTURE else q
-            soft = tl.where(q > 0, share * (bracket - divergence), 0.0)
-        if GRADIENT:
-            gradient = soft_factor * soft
-            if GUARDED:  # not even a NaN comes of a term without weight
-                gradient = tl.where(soft_factor != 0, gradient, 0.0)
-            if APART:  # the label's class takes what it gains from the others, by their shares
-                share = target_factor * q
-                gradient -= tl.where(target_factor != 0, share, 0.0) if GUARDED else share
-            if GUARDED and PRUNE:
-                gradient = tl.where(kept, gradient, 0.0)
-    if GRADIENT:
-        if APART and RAGGED:
-            label = (positions(start, BLOCK, LANE) == at_label) & (s > NINF)
-            gradient = tl.where(label, target_factor, gradient)
-        if HARD:
-            # The label in the same sum: there the two terms nearly cancel, before any rounding.
-            hard = hard_factor * hard_slope(
-                s, start, at_label, h_max, h_log, label_slope, RAGGED, BLOCK, LANE
-            )
-            if DIVERGENCE == NONE:
-                gradient = hard
-            else:
-                gradient += tl.where(hard_factor != 0, hard, 0.0) if GUARDED else hard
-        store_tile(g_row, gradient, start, low, high, G_VECTOR, BLOCK, RAGGED)
-    return value0, value1, value2, value3
+def quotient_of_sums(sums, logs, KIND: tl.constexpr):
+    """KL from the sums alone, and whether that leaves it digits and no logit is infinite."""
+    soft = tl.full([], 0.0, tl.float32)
+    if KIND.divergence == FORWARD:
+        soft = (sums.cross / sums.t - (logs.t - logs.s)) * LN2
+    if KIND.divergence == REVERSE:
+        soft = (sums.cross / sums.s - (logs.s - logs.t)) * LN2
+    return soft, (sums.cross < 1e30) & (soft > 0.01)
 
 
 @triton.jit
-def second_tile(
-    s_row, t_row, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse,
-    t_inverse, s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
-    soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
-    value0, value1, value2, value3,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-    RAGGED: tl.constexpr,
-):  # fmt: skip
-    s = load_tile(s_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
-    t = s
-    if DIVERGENCE != NONE:
-        t = load_tile(t_row, start, low, high, VECTOR, BLOCK, LANE, RAGGED, GRADIENT)
-    return second_of(
-        s, t, g_row, start, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-        s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
-        soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
-        value0, value1, value2, value3,
-        DIVERGENCE, PRUNE, PROBS, APART, HARD, CAREFUL, VALUE, GRADIENT, G_VECTOR, BLOCK, LANE,
-        RAGGED,
-    )  # fmt: skip
+def saturated(from_student, beta):
+    """Whether a mixture is nearly as far from q as it can be: KL(q || m) <= -ln(1 - beta)."""
+    return from_student > tl.log2(1.0 - beta) * (-LN2 * 0.75)
 
 
 @triton.jit
-def second(
-    s_row, t_row, g_row, low, high, threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse,
-    s_log, t_log, h_log, log_ratio, s_zero, t_zero, from_top, from_top_low, at_top,
-    soft_factor, hard_factor, target_factor, label_slope, divergence, beta, rest, at_label,
-    DIVERGENCE: tl.constexpr, PRUNE: tl.constexpr, PROBS: tl.constexpr, APART: tl.constexpr,
-    HARD: tl.constexpr, CAREFUL: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """The divergence as two sums and the gradient, from the end of the row: that is what the cache
-    still holds of a row longer than it has room for. Of careful rows besides, the sum of q - p and
-    what all classes' brackets have in common (see `corrected`)."""
-    value0 = tl.zeros([BLOCK // LANE], tl.float32)
-    value1 = value0
-    value2 = value0
-    value3 = value0
-    LABEL: tl.constexpr = APART or HARD
-    begin, end, first, full = edges(low, high, BLOCK)
-    label_tile, masked, whole = beside_label(at_label, end, first, full, BLOCK, LABEL)
-    for edge in tl.range(begin, masked):
-        value0, value1, value2, value3 = second_tile(
-            s_row, t_row, g_row, masked_start(edge, end, full, label_tile, LABEL), low, high,
-            threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            log_ratio, s_zero, t_zero, from_top, from_top_low, at_top, soft_factor, hard_factor,
-            target_factor, label_slope, divergence, beta, rest, at_label,
-            value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
-            CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, True,
-        )  # fmt: skip
-    for forward in tl.range(first, whole, BLOCK):
-        start = whole - BLOCK + first - forward
-        value0, value1, value2, value3 = second_tile(
-            s_row, t_row, g_row, whole_start(start, label_tile, BLOCK, LABEL), low, high,
-            threshold, unit, s_max, t_max, h_max, s_inverse, t_inverse, s_log, t_log, h_log,
-            log_ratio, s_zero, t_zero, from_top, from_top_low, at_top, soft_factor, hard_factor,
-            target_factor, label_slope, divergence, beta, rest, at_label,
-            value0, value1, value2, value3, DIVERGENCE, PRUNE, PROBS, APART, HARD,
-            CAREFUL, VALUE, GRADIENT, VECTOR, G_VECTOR, BLOCK, LANE, False,
-        )  # fmt: skip
-    return tl.sum(value0, 0), tl.sum(value1, 0), tl.sum(value2, 0), tl.sum(value3, 0)
-
-
-@triton.jit
-def digits(zs, zt, s_most, t_most, soft, spread, rest, DIVERGENCE: tl.constexpr):
+def has_digits(sums, soft, beta, KIND: tl.constexpr):
     """Whether p and q formed apart leave the gradient its digits, as far as a small divergence does
-    not tell: it may be that of small classes, while the gradient's norm is that of a large one. And
-    of the reverse divergence and of mixtures, which compare what every class has of the divergence
-    with the mean, whether classes differ in it: neither where one has all of q nor where ln(q / p)
-    is large and nearly the same of all, nor where p has next to nothing of any that q has."""
-    of_s = s_most / zs
-    apart = tl.abs(of_s - t_most / zt) > of_s * (1 / 32)
+    not tell: it may be that of small classes, while the gradient's norm is that of a large one. The
+    reverse divergence and mixtures compare what every class has of the divergence with the mean. So
+    classes have to differ in it, which they do not where one has all of q, nor where ln(q / p) is
+    large and nearly the same of all, nor where p has next to nothing of any that q has."""
+    of_s = sums.s_most / sums.s
+    apart = tl.abs(of_s - sums.t_most / sums.t) > of_s * (1 / 32)
     enough = apart | (of_s < 0.25)
-    if DIVERGENCE != FORWARD:
+    if KIND.divergence != FORWARD:
         enough = enough & (of_s < 0.75)
-    if DIVERGENCE == REVERSE:
-        enough = enough & ~(spread * LN2 < zs * soft * (1 / 128))
-    if DIVERGENCE == MIXTURE:
-        enough = enough & ~saturated(soft, rest)
+    if KIND.divergence == REVERSE:
+        enough = enough & ~(sums.spread * LN2 < sums.s * soft * (1 / 128))
+    if KIND.divergence == MIXTURE:
+        enough = enough & ~saturated(soft, beta)
     return enough
 
 
 @triton.jit
-def saturated(from_student, rest):
-    """Whether a mixture is nearly as far from q as it can be: KL(q || m) <= -ln(rest)."""
-    return from_student > tl.log2(rest) * (-LN2 * 0.75)
-
-
-@triton.jit
-def quick_soft(zs, zt, s_log, t_log, cross, DIVERGENCE: tl.constexpr):
-    """KL as a difference of sums, and whether that leaves it digits and no logit is infinite."""
-    soft = tl.full([], 0.0, tl.float32)
-    if DIVERGENCE == FORWARD:
-        soft = (cross / zt - (t_log - s_log)) * LN2
-    if DIVERGENCE == REVERSE:
-        soft = (cross / zs - (s_log - t_log)) * LN2
-    return soft, (cross < 1e30) & (soft > 0.01)
-
-
-@triton.jit
-def soft_of(
-    value0, value1, zs, zt, nans, beta, rest, DIVERGENCE: tl.constexpr, APART: tl.constexpr
-):
-    """The soft term of guarded rows."""
+def soft_term(value0, value1, sums, nans, beta, KIND: tl.constexpr):
+    """The soft term of a mixture or of a careful row, from its one or two divergences."""
     soft = value0
-    if DIVERGENCE == MIXTURE:
-        soft = beta * value0 + rest * value1
-    if APART:  # nothing to match, or no class to match it with
-        soft = tl.where(zt == 0, 0.0, tl.where(zs == 0, float("inf"), soft))
+    if KIND.divergence == MIXTURE:
+        soft = beta * value0 + (1.0 - beta) * value1
+    if KIND.decoupled:  # nothing to match, or no class to match it with
+        soft = tl.where(sums.t == 0, 0.0, tl.where(sums.s == 0, float("inf"), soft))
     # A NaN, or a side without a finite logit: its maximum is -inf, and -inf - -inf is NaN.
-    if (zs != zs) | (zt != zt) | (nans > 0):
+    if (sums.s != sums.s) | (sums.t != sums.t) | (nans > 0):
         soft = tl.full([], float("nan"), tl.float32)
     return soft
 
 
 @triton.jit
-def corrected(soft, excessive, beta, rest, DIVERGENCE: tl.constexpr):
-    """The soft term less what it has of the sum of q - p, which is 0 but for the rounding of both
-    sums' logarithms, and the logarithm of what q is too large by."""
-    excessive = tl.where(tl.abs(excessive) < 0.5, excessive, 0.0)
-    log, second = log_terms(excessive)
-    if DIVERGENCE == FORWARD:
-        soft -= excessive * log - second
-    if DIVERGENCE == REVERSE:
-        soft = (soft - second) / (1.0 + excessive)
-    if DIVERGENCE == MIXTURE:  # to second order: such rows are close
-        soft -= beta * rest * 0.5 * excessive * excessive
-    return soft, log
-
-
-@triton.jit
-def unusable(soft, DIVERGENCE: tl.constexpr):
+def loses_gradient(soft, KIND: tl.constexpr):
     """Whether the gradient of a row with this soft term is NaN."""
     lost = soft != soft
-    if DIVERGENCE == REVERSE:
+    if KIND.divergence == REVERSE:
         lost = lost | (soft == float("inf"))
     return lost

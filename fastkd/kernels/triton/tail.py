@@ -1,5 +1,5 @@
 """The classes from vocab_size on, which the student has alone: the hard term's softmax is over them
-as well, and of all terms only its gradient reaches them.
+as well, and its gradient is the only one that reaches them.
 
 A call in which there are none, or no hard term, is compiled without all of this. Otherwise they are
 read by loops that take every tile for a ragged one, the tiles in turn by the programs of a row.
@@ -8,51 +8,47 @@ read by loops that take every tile for a ragged one, the tiles in turn by the pr
 import triton
 import triton.language as tl
 
-from .load import LOG2E, NINF, load_tile, positions, store_tile
+from .load import load_tile, positions, store_tile
+from .math import LOG2E, LOWEST, NINF
 from .sums import hard_slope
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from .types import Tail
 
 
 @triton.jit
-def tail_sums(
-    s_row, high, stop, at_label, part, parts,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Of this program's tiles of the columns [high, stop) but the label: a number that no logit is
-    above, but for NaN, and the sum of exp(s - that). 0 beside the lowest number where all are
-    -inf."""
-    top = tl.full([BLOCK // LANE], LOWEST, tl.float32)
-    z = tl.zeros([BLOCK // LANE], tl.float32)
+def read_tail(row, high, stop, part, parts, TILE: tl.constexpr):
+    """The Tail of this program's tiles of the columns [high, stop), the sum over all of them but
+    the label: 0 beside the lowest number where all are -inf."""
+    BLOCK: tl.constexpr = TILE.block
+    top = tl.full([BLOCK // TILE.lane], LOWEST, tl.float32)
+    z = tl.zeros([BLOCK // TILE.lane], tl.float32)
     for start in tl.range(high // BLOCK * BLOCK + part * BLOCK, stop, parts * BLOCK):
-        s = load_tile(s_row, start, high, stop, VECTOR, BLOCK, LANE, True, False)
-        s = tl.where(positions(start, BLOCK, LANE) == at_label, NINF, s)
+        s = load_tile(row.student, start, high, stop, TILE, True, False)
+        s = tl.where(positions(start, TILE) == row.label, NINF, s)
         above = tl.maximum(top, tl.max(s, 1))
         z *= tl.exp2((top - above) * LOG2E)
         z += tl.sum(tl.exp2((s - above[:, None]) * LOG2E), 1)
         top = above
     whole = tl.max(top, 0)
-    return whole, tl.sum(z * tl.exp2((top - whole) * LOG2E), 0)
+    return Tail(whole, tl.sum(z * tl.exp2((top - whole) * LOG2E), 0))
 
 
 @triton.jit
-def joined(h_max, zh, tail_max, tail_z, label_logit):
-    """A frame of all classes, and the sum over all but the label: of sums over some and over the
-    others."""
-    h_max = tl.where(zh == 0, NINF, h_max)  # whatever stood in for it
-    top = tl.maximum(tl.maximum(h_max, tail_max), label_logit)
-    return top, zh * tl.exp2((h_max - top) * LOG2E) + tail_z * tl.exp2((tail_max - top) * LOG2E)
+def joined(offset, sum, tail, label_logit):
+    """An offset for all classes, and the sum over all but the label, from the sum over the classes
+    before the tail and from the tail."""
+    offset = tl.where(sum == 0, NINF, offset)  # whatever stood in for it
+    top = tl.maximum(tl.maximum(offset, tail.offset), label_logit)
+    head_part = sum * tl.exp2((offset - top) * LOG2E)
+    return top, head_part + tail.sum * tl.exp2((tail.offset - top) * LOG2E)
 
 
 @triton.jit
-def write_tail(
-    s_row, g_row, high, stop, at_label, h_max, h_log, label_slope, hard_weight, part, parts,
-    VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """The gradient there, of the hard term alone; NaN where h_log is."""
+def write_tail(row, high, stop, hard, hard_weight, part, parts, TILE: tl.constexpr):
+    """Writes the gradient of this program's tiles of the columns [high, stop), that of the hard
+    term alone; NaN where the logarithm of the term's sum is."""
+    BLOCK: tl.constexpr = TILE.block
     for start in tl.range(high // BLOCK * BLOCK + part * BLOCK, stop, parts * BLOCK):
-        s = load_tile(s_row, start, high, stop, VECTOR, BLOCK, LANE, True, True)
-        slope = hard_slope(s, start, at_label, h_max, h_log, label_slope, True, BLOCK, LANE)
-        gradient = hard_weight * slope
+        s = load_tile(row.student, start, high, stop, TILE, True, True)
+        gradient = hard_weight * hard_slope(row, s, start, hard, True, TILE)
         gradient = tl.where(hard_weight != 0, gradient, 0.0)
-        store_tile(g_row, gradient, start, high, stop, G_VECTOR, BLOCK, True)
+        store_tile(row.gradient, gradient, start, high, stop, TILE, True)
