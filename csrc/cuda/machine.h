@@ -1,5 +1,6 @@
 // What the GPU does that C++ has no name for. The kernels use nothing below this header, so that
-// tests/cuda_kernels/emulation/cuda_emulation.h, which comes before it there, can stand in for the machine.
+// tests/cuda_kernels/emulation/cuda_emulation.h, which comes before it there, can stand in for the
+// machine.
 #pragma once
 #include "../call.h"
 

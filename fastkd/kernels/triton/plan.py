@@ -23,7 +23,7 @@ class Config(NamedTuple):
 class Machine(NamedTuple):
     """What the table knows of a kind of GPU."""
 
-    threads: int  # that a multiprocessor's registers suffice for, by tests/triton_table_*.txt
+    threads: int  # that a multiprocessor's registers suffice for: tests/triton_kernels/table_*
     options: dict[str, int]  # the compiler's, by which they suffice for programs of fewer threads
     cache: int | None  # bytes of the last cache before the memory; None: torch knows it
     rows: tuple[tuple[int, Config], ...]  # the largest row that each serves, both sides' bytes
