@@ -41,10 +41,10 @@ struct Rows {
   }
 };
 
-// One call of fastkd::dense_rows; the meaning of every field is defined in fastkd/spec.py. The
-// vectors [N] are double where either logits are, else float.
-struct DenseRows {
-  Rows student, teacher;
+// What a call has whatever its teacher; the meaning of every field is defined in fastkd/spec.py.
+// The vectors [N] are double where either logits are, else float.
+struct Call {
+  Rows student;
   Rows dstudent;                    // data null: no gradient; may alias student
   const int64_t* labels = nullptr;  // null: no labels
   const void* student_inv_temperature = nullptr;
@@ -57,39 +57,42 @@ struct DenseRows {
   void* hard = nullptr;
   void* target = nullptr;  // not null where target_weight is not
   int64_t N = 0;
-  const int64_t* keep = nullptr;  // null: nothing is pruned
   int64_t vocab_size = 0;
   Divergence divergence = Divergence::kForward;
   const void* beta = nullptr;  // of a mixture, else null
   bool is_double = false;
-  bool teacher_probs = false;  // the teacher's rows hold probabilities
-
-  // How many classes of a row are kept: the values of a vector are checked nowhere.
-  FASTKD_HOST_DEVICE int64_t kept(int64_t row) const {
-    if (keep == nullptr || keep[row] >= vocab_size) return vocab_size;
-    return keep[row] > 1 ? keep[row] : 1;
-  }
 };
 
-// One call of fastkd::sparse_rows; the fields of DenseRows mean what they mean there.
-struct SparseRows {
-  Rows student;
-  Rows dstudent;
+// A teacher of all classes.
+struct DenseTeacher {
+  Rows logits;
+  const int64_t* keep = nullptr;  // [N]; null: nothing is pruned
+  bool probs = false;             // the logits are probabilities
+};
+
+// A teacher of k classes a row.
+struct SparseTeacher {
   const int64_t* ids = nullptr;  // [N, k], ascending, each once; those >= vocab_size are not there
   const void* log_probs = nullptr;  // [N, k]
   const void* log_rest = nullptr;   // [N]: all other classes are one more; null: they have no p
-  const int64_t* labels = nullptr;
-  const void* student_inv_temperature = nullptr;
-  const void* teacher_inv_temperature = nullptr;
-  const void* soft_weight = nullptr;
-  const void* hard_weight = nullptr;
-  void* soft = nullptr;
-  void* hard = nullptr;
-  int64_t N = 0;
   int64_t k = 0;
-  int64_t vocab_size = 0;
   bool restricted = false;  // the student's softmax is over the ids as well
-  bool is_double = false;
+};
+
+// One call of fastkd::dense_rows.
+struct DenseRows : Call {
+  DenseTeacher teacher;
+
+  // How many classes of a row are kept: the values of a vector are checked nowhere.
+  FASTKD_HOST_DEVICE int64_t kept(int64_t row) const {
+    if (teacher.keep == nullptr || teacher.keep[row] >= vocab_size) return vocab_size;
+    return teacher.keep[row] > 1 ? teacher.keep[row] : 1;
+  }
+};
+
+// One call of fastkd::sparse_rows.
+struct SparseRows : Call {
+  SparseTeacher teacher;
 };
 
 // One call of fastkd::scale_rows_.

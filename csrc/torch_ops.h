@@ -60,10 +60,6 @@ inline bool overwrites_others(const Rows& dstudent, const Rows& teacher, int64_t
          teacher.address(0, 0) < dstudent.address(N - 1, dstudent.width);
 }
 
-inline const void* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->data_ptr() : nullptr;
-}
-
 // [N] on the device of `like` and of its dtype. Not torch::stable::new_empty, which looks its op up
 // by name: a microsecond more.
 inline Tensor new_vector(const Tensor& like, int64_t N) {
@@ -78,6 +74,77 @@ inline Tensor new_vector(const Tensor& like, int64_t N) {
   return Tensor(vector);
 }
 
+// What a call has whatever its teacher, checked, with the terms' vectors for the results.
+struct CheckedCall {
+  CheckedCall(Call& call, const Tensor& student, const std::optional<Tensor>& labels,
+              const Tensor& student_inv_temperature, const Tensor& teacher_inv_temperature,
+              const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
+              const std::optional<Tensor>& dstudent, int64_t vocab_size)
+      : call_(call), student_(student) {
+    call.student = rows(student);
+    call.N = number_of_rows(student);
+    const DType compute = dtype(student_inv_temperature);
+    call.is_double = compute == DType::kDouble;
+    STD_TORCH_CHECK(compute == DType::kFloat || call.is_double,
+                    "fastkd: the compute dtype must be float or double");
+    STD_TORCH_CHECK(call.is_double || call.student.dtype != DType::kDouble,
+                    "fastkd: double logits need vectors of double");
+    if (dstudent) {
+      call.dstudent = rows(*dstudent);
+      STD_TORCH_CHECK(
+          number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
+          "fastkd: dstudent must have the rows and the V of student");
+      check_device(*dstudent);
+    }
+    STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= call.student.width,
+                    "fastkd: vocab_size out of range");
+    call.vocab_size = vocab_size;
+    call.labels = integers(labels);
+    call.student_inv_temperature = vector(student_inv_temperature);
+    call.teacher_inv_temperature = vector(teacher_inv_temperature);
+    call.soft_weight = vector(soft_weight);
+    call.hard_weight = vector(hard_weight);
+    STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
+    soft = new_vector(student_inv_temperature, call.N);
+    hard = new_vector(student_inv_temperature, call.N);
+    call.soft = soft->data_ptr();
+    call.hard = hard->data_ptr();
+  }
+
+  void check_device(const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.device() == student_.device(),
+                    "fastkd: every tensor must be on the device of student");
+  }
+  // `per_row` numbers for each of the rows, of the compute dtype.
+  void* vector(const Tensor& values, int64_t per_row = 1) const {
+    check(values, per_row, dtype(values) == (call_.is_double ? DType::kDouble : DType::kFloat));
+    return values.data_ptr();
+  }
+  void* vector(const std::optional<Tensor>& values) const {
+    return values ? vector(*values) : nullptr;
+  }
+  const int64_t* integers(const Tensor& values, int64_t per_row = 1) const {
+    check(values, per_row, values.scalar_type() == ScalarType::Long);
+    return static_cast<const int64_t*>(values.data_ptr());
+  }
+  const int64_t* integers(const std::optional<Tensor>& values) const {
+    return values ? integers(*values) : nullptr;
+  }
+
+  std::optional<Tensor> soft, hard;
+
+ private:
+  void check(const Tensor& values, int64_t per_row, bool fits) const {
+    check_device(values);
+    STD_TORCH_CHECK(values.numel() == call_.N * per_row && values.is_contiguous() && fits,
+                    "fastkd: per-row tensors must be contiguous, [N] or [N, k]: labels, keep and "
+                    "ids int64, the others of the compute dtype");
+  }
+
+  const Call& call_;
+  const Tensor& student_;
+};
+
 // The op fastkd::dense_rows of a backend whose kernels `launch` runs. `student` tells it the
 // device.
 template <void (*launch)(const DenseRows& call, const Tensor& student)>
@@ -90,80 +157,37 @@ std::tuple<Tensor, Tensor> dense_rows(
     const std::optional<Tensor>& target_weight, const std::optional<Tensor>& target,
     bool teacher_probs) {
   DenseRows call;
-  call.student = rows(student);
-  call.teacher = rows(teacher);
-  call.N = number_of_rows(student);
+  const CheckedCall checked(call, student, labels, student_inv_temperature, teacher_inv_temperature,
+                            soft_weight, hard_weight, dstudent, vocab_size);
+  call.teacher.logits = rows(teacher);
+  call.teacher.keep = checked.integers(keep);
+  call.teacher.probs = teacher_probs;
+  checked.check_device(teacher);
   STD_TORCH_CHECK(number_of_rows(teacher) == call.N,
                   "fastkd: teacher must have as many rows as student");
-  if (dstudent) {
-    call.dstudent = rows(*dstudent);
-    STD_TORCH_CHECK(
-        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
-        "fastkd: dstudent must have the rows and the V of student");
-  }
+  STD_TORCH_CHECK(vocab_size <= call.teacher.logits.width, "fastkd: vocab_size out of range");
+  STD_TORCH_CHECK(call.is_double == (call.student.dtype == DType::kDouble ||
+                                     call.teacher.logits.dtype == DType::kDouble),
+                  "fastkd: the vectors must be double where either logits are, else float");
   STD_TORCH_CHECK(
-      !dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher, call.N),
+      !dstudent || !soft_weight || !overwrites_others(call.dstudent, call.teacher.logits, call.N),
       "fastkd: dstudent lies over rows of the teacher that are not the same: pass "
       "teacher_logits.clone(), or inplace=False");
-  call.vocab_size = vocab_size;
   call.divergence = static_cast<Divergence>(divergence);
-  call.teacher_probs = teacher_probs;
-  call.is_double = call.student.dtype == DType::kDouble || call.teacher.dtype == DType::kDouble;
-  const auto device = student.device();
-  const auto check_device = [&](const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.device() == device,
-                    "fastkd: every tensor must be on the device of student");
-  };
-  check_device(teacher);
-  if (dstudent) check_device(*dstudent);
-  if (labels) check_device(*labels);
-  if (keep) check_device(*keep);
-  const auto check = [&](const Tensor& vector, DType expected) {
-    check_device(vector);
-    STD_TORCH_CHECK(vector.numel() == call.N && vector.is_contiguous() && dtype(vector) == expected,
-                    "fastkd: a per-row vector must be contiguous, [N] and of the compute dtype");
-  };
-  const DType compute = call.is_double ? DType::kDouble : DType::kFloat;
-  check(student_inv_temperature, compute);
-  check(teacher_inv_temperature, compute);
-  if (soft_weight) check(*soft_weight, compute);
-  if (hard_weight) check(*hard_weight, compute);
-  if (beta) check(*beta, compute);
-  if (target_weight) check(*target_weight, compute);
-  if (target) check(*target, compute);
-  STD_TORCH_CHECK(!labels || (labels->numel() == call.N && labels->is_contiguous() &&
-                              labels->scalar_type() == ScalarType::Long),
-                  "fastkd: labels must be contiguous int64 [N]");
-  STD_TORCH_CHECK(!keep || (keep->numel() == call.N && keep->is_contiguous() &&
-                            keep->scalar_type() == ScalarType::Long),
-                  "fastkd: keep must be contiguous int64 [N]");
+  call.beta = checked.vector(beta);
   STD_TORCH_CHECK(divergence >= static_cast<int64_t>(Divergence::kForward) &&
                       divergence <= static_cast<int64_t>(Divergence::kMixture) &&
                       beta.has_value() == (call.divergence == Divergence::kMixture),
                   "fastkd: a divergence that is none, or a mixture without beta, or beta besides");
-  STD_TORCH_CHECK(labels || !(hard_weight || target_weight),
-                  "fastkd: the hard and the target term need labels");
+  call.target_weight = checked.vector(target_weight);
+  call.target = checked.vector(target);
   STD_TORCH_CHECK(
-      !target_weight || (target && soft_weight && call.divergence == Divergence::kForward),
-      "fastkd: the target term needs target, soft_weight and the forward divergence");
-  STD_TORCH_CHECK(
-      vocab_size >= 1 && vocab_size <= call.student.width && vocab_size <= call.teacher.width,
-      "fastkd: vocab_size out of range");
-  call.labels = static_cast<const int64_t*>(data(labels));
-  call.student_inv_temperature = student_inv_temperature.data_ptr();
-  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
-  call.soft_weight = data(soft_weight);
-  call.hard_weight = data(hard_weight);
-  call.target_weight = data(target_weight);
-  call.keep = static_cast<const int64_t*>(data(keep));
-  call.beta = data(beta);
-  if (target_weight) call.target = target->data_ptr();
-  Tensor soft = new_vector(student_inv_temperature, call.N);
-  Tensor hard = new_vector(student_inv_temperature, call.N);
-  call.soft = soft.data_ptr();
-  call.hard = hard.data_ptr();
+      !target_weight ||
+          (labels && target && soft_weight && call.divergence == Divergence::kForward),
+      "fastkd: the target term needs labels, target, soft_weight and the forward divergence");
+  if (!target_weight) call.target = nullptr;
   launch(call, student);
-  return {soft, hard};
+  return {*checked.soft, *checked.hard};
 }
 
 // The op fastkd::sparse_rows.
@@ -175,59 +199,14 @@ std::tuple<Tensor, Tensor> sparse_rows(
     const std::optional<Tensor>& soft_weight, const std::optional<Tensor>& hard_weight,
     const std::optional<Tensor>& dstudent, int64_t vocab_size, bool restricted) {
   SparseRows call;
-  call.student = rows(student);
-  call.N = number_of_rows(student);
-  if (dstudent) {
-    call.dstudent = rows(*dstudent);
-    STD_TORCH_CHECK(
-        number_of_rows(*dstudent) == call.N && call.dstudent.width == call.student.width,
-        "fastkd: dstudent must have the rows and the V of student");
-  }
-  const DType compute = dtype(student_inv_temperature);
-  call.is_double = compute == DType::kDouble;
-  STD_TORCH_CHECK(compute == DType::kFloat || call.is_double,
-                  "fastkd: the compute dtype must be float or double");
-  STD_TORCH_CHECK(call.is_double || call.student.dtype != DType::kDouble,
-                  "fastkd: double logits need vectors of double");
-  const auto device = student.device();
-  const auto check = [&](const Tensor& values, int64_t count, bool fits) {
-    STD_TORCH_CHECK(values.device() == device,
-                    "fastkd: every tensor must be on the device of student");
-    STD_TORCH_CHECK(values.numel() == count && values.is_contiguous() && fits,
-                    "fastkd: per-row tensors must be contiguous, [N] or [N, k] and of the compute "
-                    "dtype, ids and labels int64");
-  };
+  const CheckedCall checked(call, student, labels, student_inv_temperature, teacher_inv_temperature,
+                            soft_weight, hard_weight, dstudent, vocab_size);
   STD_TORCH_CHECK(ids.dim() == 2, "fastkd: ids must be [N, k]");
-  call.k = ids.size(1);
-  check(ids, call.N * call.k, ids.scalar_type() == ScalarType::Long);
-  check(log_probs, call.N * call.k, dtype(log_probs) == compute);
-  for (const Tensor* vector : {&student_inv_temperature, &teacher_inv_temperature}) {
-    check(*vector, call.N, dtype(*vector) == compute);
-  }
-  for (const std::optional<Tensor>* vector : {&log_rest, &soft_weight, &hard_weight}) {
-    if (*vector) check(**vector, call.N, dtype(**vector) == compute);
-  }
-  if (labels) check(*labels, call.N, labels->scalar_type() == ScalarType::Long);
-  if (dstudent) STD_TORCH_CHECK(dstudent->device() == device, "fastkd: dstudent is elsewhere");
-  STD_TORCH_CHECK(labels || !hard_weight, "fastkd: the hard term needs labels");
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= call.student.width,
-                  "fastkd: vocab_size out of range");
-  call.ids = static_cast<const int64_t*>(ids.data_ptr());
-  call.log_probs = log_probs.data_ptr();
-  call.log_rest = data(log_rest);
-  call.labels = static_cast<const int64_t*>(data(labels));
-  call.student_inv_temperature = student_inv_temperature.data_ptr();
-  call.teacher_inv_temperature = teacher_inv_temperature.data_ptr();
-  call.soft_weight = data(soft_weight);
-  call.hard_weight = data(hard_weight);
-  call.vocab_size = vocab_size;
-  call.restricted = restricted;
-  Tensor soft = new_vector(student_inv_temperature, call.N);
-  Tensor hard = new_vector(student_inv_temperature, call.N);
-  call.soft = soft.data_ptr();
-  call.hard = hard.data_ptr();
+  const int64_t k = ids.size(1);
+  call.teacher = {checked.integers(ids, k), checked.vector(log_probs, k), checked.vector(log_rest),
+                  k, restricted};
   launch(call, student);
-  return {soft, hard};
+  return {*checked.soft, *checked.hard};
 }
 
 // The op fastkd::scale_rows_.

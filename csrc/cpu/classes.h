@@ -91,12 +91,12 @@ class KeptColumns {
     const auto later = [&](const Rows& rows) {
       return address_ahead(rows, row_, after_, call_.vocab_size, begin);
     };
-    const int64_t bytes = call_.teacher.element_bytes();
+    const int64_t bytes = call_.teacher.logits.element_bytes();
     const uintptr_t student = later(call_.student);
     const int64_t student_bytes = call_.student.element_bytes();
-    if (!teacher_) return {later(call_.teacher), student, bytes, student_bytes};
+    if (!teacher_) return {later(call_.teacher.logits), student, bytes, student_bytes};
     if (call_.vocab_size * bytes <= kLongRow) {
-      return {call_.teacher.address(after_, begin), student, bytes, student_bytes};
+      return {call_.teacher.logits.address(after_, begin), student, bytes, student_bytes};
     }
     const auto again = reinterpret_cast<uintptr_t>(teacher_ + begin + kAhead);
     return {again, student, sizeof(T), student_bytes};
@@ -137,11 +137,11 @@ class KeptColumns {
   }
 
   const T* stored_teacher(int64_t begin, int64_t n, T* scratch) {
-    if (!call_.teacher_probs) return load_columns<T>(call_.teacher, row_, begin, n, scratch);
-    dispatch<T>(call_.teacher.dtype, [&](auto* stored) {
+    if (!call_.teacher.probs) return load_columns<T>(call_.teacher.logits, row_, begin, n, scratch);
+    dispatch<T>(call_.teacher.logits.dtype, [&](auto* stored) {
       using Stored = std::remove_pointer_t<decltype(stored)>;
-      const Stored* probs =
-          static_cast<const Stored*>(call_.teacher.data) + call_.teacher.offset(row_) + begin;
+      const Stored* probs = static_cast<const Stored*>(call_.teacher.logits.data) +
+                            call_.teacher.logits.offset(row_) + begin;
       logarithms(probs, n, scratch);
     });
     return scratch;

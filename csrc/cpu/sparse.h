@@ -87,11 +87,11 @@ class SparseRow : Row<T, SparseRows> {
   SparseRow(const SparseRows& call, Workspace<T>& work, int64_t row, int64_t after)
       : Base(call, work, row),
         after_(after),
-        ids_(call.ids + row * call.k),
-        count_(present(ids_, call.k, vocab_)),
+        ids_(call.teacher.ids + row * call.teacher.k),
+        count_(present(ids_, call.teacher.k, vocab_)),
         student_inverse_(vector(call.student_inv_temperature)),
         // A bucket pools its classes at T = 1, before their sum is taken to the power 1 / T.
-        outside_(call.log_rest ? T(1) : student_inverse_, work.a(), work.soft_offsets()) {}
+        outside_(call.teacher.log_rest ? T(1) : student_inverse_, work.a(), work.soft_offsets()) {}
 
   void run() {
     const bool skipped = soft_weight_ == 0 && hard_weight_ == 0;
@@ -142,7 +142,7 @@ class SparseRow : Row<T, SparseRows> {
 
   // True: a NaN was met.
   bool read() {
-    const bool sums = call_.soft_weight && !call_.restricted;
+    const bool sums = call_.soft_weight && !call_.teacher.restricted;
     bool lost = !call_.hard_weight && !sums && row_has_nan<T>(call_.student, row_, vocab_);
     int64_t next = 0;  // the first id not met yet
     for (int64_t begin = 0; begin < vocab_ && (call_.hard_weight || sums); begin += kChunk) {
@@ -150,11 +150,11 @@ class SparseRow : Row<T, SparseRows> {
       const T* student = load_columns<T>(call_.student, row_, begin, n, work_.scratch(0));
       if (call_.hard_weight) hard_.read(student, begin, n);
       if (!call_.soft_weight) continue;
-      if (call_.restricted) {
+      if (call_.teacher.restricted) {
         lost |= has_nan(student, n);
         continue;
       }
-      if (call_.log_rest && next < count_ && ids_[next] < begin + n) {
+      if (call_.teacher.log_rest && next < count_ && ids_[next] < begin + n) {
         T* outside = work_.scratch(0);  // where the columns were converted, if they were
         if (student != outside) std::copy(student, student + n, outside);
         for (; next < count_ && ids_[next] < begin + n; ++next) {
@@ -171,24 +171,24 @@ class SparseRow : Row<T, SparseRows> {
   void read_named() {
     const int64_t n = count_ + 1;
     named_ = {work_.doubles(static_cast<size_t>(Named::kVectors * n)), n};
-    const T* log_probs = static_cast<const T*>(call_.log_probs) + row_ * call_.k;
+    const T* log_probs = static_cast<const T*>(call_.teacher.log_probs) + row_ * call_.teacher.k;
     gather_columns<T>(call_.student, row_, ids_, count_, named_.log_q);
     const double teacher_inverse = vector(call_.teacher_inv_temperature);
     for (int64_t i = 0; i < count_; ++i) {
       named_.log_p[i] = double{log_probs[i]} * teacher_inverse;
       named_.log_q[i] *= student_inverse_;
     }
-    if (call_.log_rest) {
+    if (call_.teacher.log_rest) {
       const double outside = outside_.sum() > 0 ? outside_.lse() : -kInf<double>;
-      named_.log_p[count_] = double{vector(call_.log_rest)} * teacher_inverse;
+      named_.log_p[count_] = double{vector(call_.teacher.log_rest)} * teacher_inverse;
       named_.log_q[count_] = outside * student_inverse_;
     }
   }
 
   double divergence() {
-    const int64_t n = count_ + (call_.log_rest ? 1 : 0);
+    const int64_t n = count_ + (call_.teacher.log_rest ? 1 : 0);
     if (!normalise(named_.log_p, n, named_.p)) return kNaN<double>;
-    if (call_.restricted || call_.log_rest) {
+    if (call_.teacher.restricted || call_.teacher.log_rest) {
       if (!normalise(named_.log_q, n, named_.q)) return kNaN<double>;
       const NamedSums sums = divergence_of<false>(named_, n);
       return std::fmax(sums.divergence, 0.0);
@@ -222,9 +222,9 @@ class SparseRow : Row<T, SparseRows> {
   void write_gradient(Out* out) {
     const double weight = double{soft_weight_} * student_inverse_;
     // The gradient of the classes outside per unit of their share.
-    const double shared = call_.restricted || soft_weight_ == 0 ? 0
-                          : call_.log_rest ? weight * named_.differences[count_]
-                                           : weight;
+    const double shared = call_.teacher.restricted || soft_weight_ == 0 ? 0
+                          : call_.teacher.log_rest ? weight * named_.differences[count_]
+                                                   : weight;
     const bool own = shared != 0, hard = hard_weight_ != 0;
     for (int64_t begin = 0, index = 0; begin < vocab_; begin += kChunk, ++index) {
       const int64_t n = std::min(kChunk, vocab_ - begin);

@@ -215,7 +215,7 @@ class Tickets {
   // Nothing of this is kept: the registers are needed for the row.
   __device__ int count() const { return fresh(shared_.count); }
   __device__ TicketSpace space() const {
-    return {call_.N, plan_.parts, plan_.slots, call_.keep != nullptr};
+    return {call_.N, plan_.parts, plan_.slots, call_.teacher.keep != nullptr};
   }
   __device__ unsigned* arrived(int row) const { return workspace_ + 1 + row; }
   __device__ unsigned* finished(int row) const { return arrived(row) + call_.N; }

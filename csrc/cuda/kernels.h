@@ -7,15 +7,6 @@
 
 namespace fastkd::cuda {
 
-// The teacher's part of a call; see SparseRows.
-struct SparseTeacher {
-  const int64_t* ids = nullptr;
-  const float* log_probs = nullptr;
-  const float* log_rest = nullptr;
-  int64_t k = 0;
-  bool restricted = false;
-};
-
 // The kernels of one kind of exchange, and the dynamic shared memory that each of them takes.
 struct Kernels {
   void (*dense_rows)(DenseRows, Plan, unsigned* workspace);

@@ -106,25 +106,14 @@ const char* launch(const DenseRows& call, const SparseTeacher* sparse, const Pla
 }
 
 TicketSpace ticket_space(const DenseRows& call, const Plan& plan) {
-  return {call.N, plan.parts, plan.slots, call.keep != nullptr};
+  return {call.N, plan.parts, plan.slots, call.teacher.keep != nullptr};
 }
 
 // The call without its teacher, which is a sparse one.
 DenseRows student_rows(const SparseRows& call) {
   DenseRows rows;
-  rows.student = call.student;
-  rows.teacher.dtype = call.student.dtype;
-  rows.dstudent = call.dstudent;
-  rows.labels = call.labels;
-  rows.student_inv_temperature = call.student_inv_temperature;
-  rows.teacher_inv_temperature = call.teacher_inv_temperature;
-  rows.soft_weight = call.soft_weight;
-  rows.hard_weight = call.hard_weight;
-  rows.soft = call.soft;
-  rows.hard = call.hard;
-  rows.N = call.N;
-  rows.vocab_size = call.vocab_size;
-  rows.is_double = call.is_double;
+  static_cast<Call&>(rows) = call;
+  rows.teacher.logits.dtype = call.student.dtype;
   return rows;
 }
 
@@ -132,7 +121,7 @@ const char* run(const DenseRows& call, const SparseTeacher* sparse, void* worksp
   if (call.is_double) return "the CUDA kernels do not take float64 logits";
   if (call.N == 0) return nullptr;
   // Columns are int, and steps round them up.
-  if (std::max({call.student.width, call.teacher.width, call.dstudent.width}) >= 1 << 30) {
+  if (std::max({call.student.width, call.teacher.logits.width, call.dstudent.width}) >= 1 << 30) {
     return "rows of 2^30 classes and more are not supported";
   }
   const Plan layout = plan(call);
@@ -152,7 +141,8 @@ void set_limits(const Limits& wanted) { limits = wanted; }
 
 Plan plan(const DenseRows& call) {
   int64_t bytes = 2 * call.student.element_bytes();
-  if (call.teacher.data != nullptr) bytes += call.teacher.element_bytes();  // else it is sparse
+  if (call.teacher.logits.data != nullptr)
+    bytes += call.teacher.logits.element_bytes();  // else it is sparse
   return choose(call.N, call.vocab_size, static_cast<int>(bytes), ask_once(), limits);
 }
 
@@ -169,9 +159,7 @@ const char* dense_rows(const DenseRows& call, void* workspace, void* stream) {
 }
 
 const char* sparse_rows(const SparseRows& call, void* workspace, void* stream) {
-  const SparseTeacher teacher{call.ids, static_cast<const float*>(call.log_probs),
-                              static_cast<const float*>(call.log_rest), call.k, call.restricted};
-  return run(student_rows(call), &teacher, workspace, stream);
+  return run(student_rows(call), &call.teacher, workspace, stream);
 }
 
 const char* scale_rows(const ScaleRows& call, void* stream) {

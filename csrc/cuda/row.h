@@ -45,21 +45,22 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   const auto vector = [&](const void* values) {
     return values != nullptr ? static_cast<const float*>(values)[row] : 0.0f;
   };
-  const bool split = call.student.dtype == DType::kFloat && call.teacher.dtype == DType::kFloat;
+  const bool split =
+      call.student.dtype == DType::kFloat && call.teacher.logits.dtype == DType::kFloat;
   const int traits = split ? View::kSplit : 0;
-  const int probabilities = call.teacher_probs ? View::kProbabilities : 0;
+  const int probabilities = call.teacher.probs ? View::kProbabilities : 0;
   const int vocab = static_cast<int>(call.vocab_size);
   RowArguments a;
   a.student = View(call.student, row, vocab, traits);
-  a.teacher =
-      View(call.teacher, row, call.soft_weight != nullptr ? vocab : 0, traits | probabilities);
+  a.teacher = View(call.teacher.logits, row, call.soft_weight != nullptr ? vocab : 0,
+                   traits | probabilities);
   a.dstudent = View(call.dstudent, row, vocab, traits);
   a.soft_weight = vector(call.soft_weight);
   a.hard_weight = vector(call.hard_weight);
   a.target_weight = vector(call.target_weight);
   a.at_label = -a.hard_weight;
   a.student_inverse = vector(call.student_inv_temperature);
-  a.teacher_inverse = vector(call.teacher_inv_temperature) * (call.teacher_probs ? kLn2 : 1.0f);
+  a.teacher_inverse = vector(call.teacher_inv_temperature) * (call.teacher.probs ? kLn2 : 1.0f);
   a.beta = vector(call.beta);
   a.vocab = vocab;
   a.keep = static_cast<int>(call.kept(row));
@@ -82,7 +83,7 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
   a.power = 0;
   for (int power = 1; power <= 4; ++power) {
     const bool same = a.has_hard && a.has_soft && !a.has_tail && !a.pruned && !a.decoupled &&
-                      call.teacher.data != nullptr;  // not a sparse one
+                      call.teacher.logits.data != nullptr;  // not a sparse one
     if (same && a.student_inverse == 1.0f / power) a.power = power;
   }
   return a;

@@ -18,7 +18,7 @@ class SparseRow : HeldSlice<Exchange, false> {
         shared_(row.shared.sparse),
         named_(row.shared.select.histogram),
         ids_(teacher.ids + row.exchange.row() * teacher.k),
-        log_probs_(teacher.log_probs + row.exchange.row() * teacher.k),
+        log_probs_(static_cast<const float*>(teacher.log_probs) + row.exchange.row() * teacher.k),
         bucket_(row.has_soft() && teacher.log_rest != nullptr),
         whole_(row.has_soft() && !bucket_ && !teacher.restricted) {}
 
@@ -237,7 +237,7 @@ class SparseRow : HeldSlice<Exchange, false> {
     };
     float log_rest = -kInf, log_outside = -kInf;
     if (bucket_) {
-      log_rest = teacher_.log_rest[row_.exchange.row()] * teacher_scale();
+      log_rest = stored_log_rest() * teacher_scale();
       if (total.hard != 0) {
         log_outside = (total.hard_offset + logf(total.hard) * kLog2E) * row_.student_inverse();
       }
@@ -249,8 +249,7 @@ class SparseRow : HeldSlice<Exchange, false> {
     shared_.student_offset = student_offset + logf(student) * kLog2E;
     float apart = 0;  // how far the logits are apart, where T is the same
     if (log_outside > -kInf) {
-      apart =
-          teacher_.log_rest[row_.exchange.row()] - fmaf(total.hard_offset, kLn2, logf(total.hard));
+      apart = stored_log_rest() - fmaf(total.hard_offset, kLn2, logf(total.hard));
     }
     shared_.outside =
         pair(log_rest - shared_.teacher_offset, log_outside - shared_.student_offset, apart);
@@ -477,6 +476,10 @@ class SparseRow : HeldSlice<Exchange, false> {
       __syncwarp();
       store_packed(dstudent, step, pack(dstudent.dtype, gradient));
     });
+  }
+
+  __device__ float stored_log_rest() const {
+    return static_cast<const float*>(teacher_.log_rest)[row_.exchange.row()];
   }
 
   const SparseTeacher& teacher_;

@@ -118,22 +118,14 @@ SparseRows sparse(const DenseRows& rows, const Case& c) {
   }
   log_rest.assign(kN, -1);
   SparseRows call;
-  call.student = rows.student;
-  call.dstudent = rows.dstudent;
-  call.ids = ids.data();
-  call.log_probs = log_probs.data();
-  if (c.divergence == Divergence::kForward) call.log_rest = log_rest.data();
-  call.restricted = c.divergence == Divergence::kReverse;
-  call.labels = rows.labels;
-  call.student_inv_temperature = rows.student_inv_temperature;
-  call.teacher_inv_temperature = rows.teacher_inv_temperature;
-  call.soft_weight = rows.soft_weight;
-  call.hard_weight = rows.hard_weight;
-  call.soft = rows.soft;
-  call.hard = rows.hard;
-  call.N = rows.N;
-  call.k = kIds;
-  call.vocab_size = rows.vocab_size;
+  static_cast<fastkd::Call&>(call) = rows;
+  call.divergence = Divergence::kForward;  // c.divergence stands for what is outside
+  call.beta = nullptr;
+  call.teacher.ids = ids.data();
+  call.teacher.log_probs = log_probs.data();
+  if (c.divergence == Divergence::kForward) call.teacher.log_rest = log_rest.data();
+  call.teacher.restricted = c.divergence == Divergence::kReverse;
+  call.teacher.k = kIds;
   return call;
 }
 
@@ -160,7 +152,7 @@ void run(const Case& c) {
   std::vector<float> soft(kN, -7), hard(kN, -7), target(kN, -7);
   DenseRows call;
   call.student = student.rows();
-  call.teacher = teacher.rows();
+  call.teacher.logits = teacher.rows();
   Matrix& written = c.inplace ? student : gradient;
   const Matrix before = written;
   call.dstudent = written.rows();
@@ -174,14 +166,14 @@ void run(const Case& c) {
   call.N = c.N;
   call.vocab_size = c.V;
   call.divergence = c.divergence;
-  if (c.keep != 0) call.keep = keep.data();
+  if (c.keep != 0) call.teacher.keep = keep.data();
   if (c.divergence == Divergence::kMixture) call.beta = beta.data();
   if (c.terms == Terms::kDecoupled) {
     call.target_weight = weight.data();
     call.target = target.data();
   }
-  call.teacher_probs = c.terms == Terms::kProbabilities;
-  if (call.teacher_probs) teacher.make_positive();
+  call.teacher.probs = c.terms == Terms::kProbabilities;
+  if (call.teacher.probs) teacher.make_positive();
   const char* error = c.terms == Terms::kSparse ? launch(sparse(call, c), fastkd::cuda::sparse_rows)
                                                 : launch(call, fastkd::cuda::dense_rows);
   if (error != nullptr) {
@@ -230,8 +222,8 @@ void run_all() {
 void run_large() {
   for (const int64_t V : {50257, 128256}) {
     DenseRows call;
-    call.student.dtype = call.teacher.dtype = call.dstudent.dtype = DType::kBFloat16;
-    call.teacher.data = &call;  // for a sparse one has none
+    call.student.dtype = call.teacher.logits.dtype = call.dstudent.dtype = DType::kBFloat16;
+    call.teacher.logits.data = &call;  // for a sparse one has none
     call.N = 2;
     call.vocab_size = V;
     const fastkd::cuda::Plan plan = fastkd::cuda::plan(call);
