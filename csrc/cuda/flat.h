@@ -236,9 +236,10 @@ class Flat : HardTerm<Exchange> {
     });
     const Second mine{warp_sum(sum), warp_sum(divergences), warp_sum(from_student),
                       warp_sum(hard + this->sum_tail()), row_.student_label()};
-    return Second::of(row_.total(mine.packed(), [&](Sums& sums) {
+    const Sums total = row_.total(mine.packed(), [&](Sums& sums) {
       row_.set_hard_at_label(sums.hard / this->hard_sum(sums.hard, sums.label));
-    }));
+    });
+    return Second::of(total);
   }
 
   __device__ void write_gradient(float weight, float hard) {

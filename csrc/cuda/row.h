@@ -91,7 +91,7 @@ __device__ inline RowArguments row_arguments(const DenseRows& call, int row, int
 
 // What the CTAs' threads share of a row with a sparse teacher; see sparse.h.
 struct SparseShared {
-  float teacher_offset, student_offset;  // in which both sides' sums are about 1
+  float teacher_offset, student_offset;  // with which both sides' sums are about 1
   Pair outside;                          // all classes outside, of a bucket
   bool valid, forbidden;
   float offset, sum;  // the student's exponentials at T = 1 over all classes
@@ -229,7 +229,7 @@ class Row {
     const float of_hard = hard_weight() == 0 ? 0 : hard_weight() * -besides;
     shared.arguments.at_label = of_hard + shared.target_at_label;
   }
-  // What q has besides in the gradient of every other class.
+  // The factor of q in the gradient of every class but the label, which the label's own term adds.
   __device__ float target_factor() const {
     if (!decoupled() || target_weight() == 0) return 0;
     return -target_weight() * student_inverse() * fresh(shared.target.delta);
@@ -265,7 +265,9 @@ class Row {
   // The same of sums that have names of their own; see MixtureSums.
   template <class Named>
   __device__ Named total_of(const Named& mine) {
-    return Named::of(total(mine.packed(), [](Sums&) {}));
+    // A copy: read field by field from shared memory they took a few instructions more.
+    const Sums sums = total(mine.packed(), [](Sums&) {});
+    return Named::of(sums);
   }
 
   // -log softmax(student)[label], from a sum of 2^(logit scale - offset) to the power.

@@ -162,7 +162,7 @@ __device__ inline bool is_sure(float sum, int vocab) { return sum < 1 + sure_bes
 struct SoftTerm {
   float value;      // unweighted; not of a mixture
   float ratio;      // Z_other / Z_lead - 1
-  float log_ratio;  // ln(Z_other / Z_lead) less the offsets
+  float log_ratio;  // ln(Z_other / Z_lead), each relative to its offset
   bool exact;       // else the sums are to be had again, with offsets that balance the two sides
 };
 
