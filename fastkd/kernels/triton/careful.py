@@ -20,14 +20,15 @@ from .fast import both_sides, write_gradient
 from .load import each_tile, load_student, load_teacher, positions, to_float
 from .math import LN2, LOG2E, NINF, difference, excess, expm1, log_terms, mixture_terms
 from .sums import soft_term, target_terms
-from .types import FORWARD, MIXTURE, REVERSE, Factors, Given, Logs, Offsets, Reference
+from .types import FORWARD, MIXTURE, REVERSE, Factors, Given, Logs, Offsets, Reference, Tile
 
 
 @triton.constexpr_function
 def narrow_tile(tile):
     """A tile of one vector a thread, for the registers. Others have two of float32: with these,
     Triton 3.7.1 spills 38 times in the loops of split rows on sm_90."""
-    return tile._replace(block=tile.block // 2) if tile.lane == 4 else tile
+    block, lane, vector, g_vector = tile  # to Triton 3.6's interpreter it is a plain tuple
+    return Tile(block // 2 if lane == 4 else block, lane, vector, g_vector)
 
 
 @triton.jit

@@ -64,7 +64,8 @@ def bend(x, inverse):
 @triton.constexpr_function
 def half_tile(tile):
     """Half a tile of the other passes, for the registers."""
-    return Tile(tile.block // 2, 4, min(tile.vector, 4), min(tile.g_vector, 4))
+    block, _lane, vector, g_vector = tile  # to Triton 3.6's interpreter it is a plain tuple
+    return Tile(block // 2, 4, min(vector, 4), min(g_vector, 4))
 
 
 class Flat(NamedTuple):
