@@ -287,20 +287,21 @@ class SoftTerm {
       const T student = chunk.student[top_ - begin], teacher = chunk.teacher[top_ - begin];
       offsets = student_leads_ ? Offsets<T>{student, teacher} : Offsets<T>{teacher, student};
       wanted &= std::isfinite(offsets.lead) && std::isfinite(offsets.other);
+      // Below that the odds would underflow; the class's ln(q / m) is the same by all its digits.
+      const double too_low = kLeastLogOdds - log_odds(offsets);
+      if (mixed_ && wanted && too_low > 0)
+        offsets.other += static_cast<T>(too_low / inverse_.other);
     }
     const double limit = -std::log1p(-beta_);  // ln(q / m) where p is nothing
     if (mixed_ && !wanted && (limit - from_student_) * 4 < limit) {
       // The offsets are not those of a class, but of all of them in the mean.
-      const double mean = std::fmin(sums_.cross / sums_.lead, 60 - log_ratio_);
+      const double mean = std::fmin(sums_.cross / sums_.lead, -kLeastLogOdds - log_ratio_);
       offsets = sums_.offsets;
       offsets.other -= static_cast<T>(mean / inverse_.other);
       wanted = std::isfinite(offsets.other);
     }
     if (!wanted) return;
-    // This is ln(p / q) of a class whose logits are these offsets.
-    const double log_odds = (double{offsets.other} - sums_.offsets.other) * inverse_.other -
-                            (double{offsets.lead} - sums_.offsets.lead) * inverse_.lead -
-                            log_ratio_;
+    const double odds = beta_ / (1 - beta_) * std::exp(log_odds(offsets));
     if (mixed_) saves_ = Divergence::kReverse;
     sums_ = {.offsets = offsets};
     refined_ = true;
@@ -311,7 +312,6 @@ class SoftTerm {
       if (std::fabs(ratio) < 0.5) sums_.other = sums_.lead * (1 + ratio);
     }
     if (!mixed_) return;
-    const double odds = beta_ / (1 - beta_) * std::exp(log_odds);
     const double share = odds < kInf<double> ? odds / (1 + odds) : 1;
     sums_.cross = 0;
     for (int64_t begin = 0; begin < columns(); begin += kChunk) {
@@ -319,6 +319,13 @@ class SoftTerm {
           beside_class(work_.a() + begin, work_.b() + begin, std::min(kChunk, columns() - begin),
                        static_cast<T>(share), static_cast<T>(1 / (1 + odds)));
     }
+  }
+
+  static constexpr double kLeastLogOdds = -60;
+  // ln(p / q) of a class whose logits are these, where the student leads.
+  double log_odds(Offsets<T> logits) const {
+    return (double{logits.other} - sums_.offsets.other) * inverse_.other -
+           (double{logits.lead} - sums_.offsets.lead) * inverse_.lead - log_ratio_;
   }
 
   double student_scale(int64_t index) const {
