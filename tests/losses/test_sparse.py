@@ -233,11 +233,11 @@ def test_rows_without_ids_do_not_count(backend, monkeypatch, outside, labelled, 
     if unchecked:
         monkeypatch.setattr(checks, "on_host", lambda tensor: False)
         monkeypatch.setattr(losses, "on_host", lambda tensor: False)
-    z = normal(4, 30)
+    z = normal(4, 32)  # each row begins at a whole vector, with the others left out as well
     z[0], z[2, 1] = NAN, NAN
     ids = torch.tensor([[-1, -1], [3, 4], [0, 0], [7, 0]])
     log_probs = torch.tensor([[0.0, 0.0], [-1.0, -2.0], [-INF, -INF], [-0.5, -INF]])
-    y = (some_labels(4, 30),) if labelled else ()
+    y = (some_labels(4, 32),) if labelled else ()
     options = {"outside": outside, "alpha": 0.5 if labelled else 1.0, "backend": backend.name}
     loss, grad = gradient(topk_kd_loss, z, ids, log_probs, *y, **options)
     rows = torch.tensor([1, 3])
