@@ -197,11 +197,12 @@ def test_sparse_teachers(backend, outside, kind, alpha):
 @pytest.mark.parametrize("V", [8, 300])
 def test_a_class_that_only_the_student_is_sure_of(backend, V, beta):
     """The teacher's probability of it is beyond what float32 holds, and ln(q / m) at its limit."""
-    if backend.name == "triton":
-        pytest.xfail("relative to that class its kernel loses the gap's roundings: 1e-3 at 1e4")
     gaps = (20.0, 60.0, 85.0, 89.0, 95.0, 105.0, 150.0, 1e4)
     s, t = (x[:1].expand(len(gaps), V).clone() for x in rows("student", V, odds=(3.0,)))
     t[:, AT] = t.amax(-1) - torch.tensor(gaps)
     actual = run(backend, s, t, beta=beta, reduction="sum").gradient
     exact = run("reference", s.double(), t.double(), beta=beta, reduction="sum").gradient
-    assert (errors(actual, exact) <= ALLOWED).all()
+    allowed = torch.full((len(gaps),), ALLOWED, dtype=torch.float64)
+    if backend.name == "triton":  # logits relative to that class are rounded as the gap is
+        allowed += torch.finfo(torch.float32).eps * torch.tensor(gaps, dtype=torch.float64)
+    assert (errors(actual, exact) <= allowed).all()
