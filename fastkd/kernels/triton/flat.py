@@ -1,7 +1,7 @@
 """Rows at T >= 1000, whose two sides are all but flat; T = infinity has an inverse of 0.
 
 There p and q formed apart and subtracted would lose T roundings. Here nothing cancels but the
-logits, which T^2 KL matches: at T = infinity it is logit_match in fastkd/spec.py. With K classes,
+logits, which T^2 KL matches: at T = infinity it is flat_term in fastkd/spec.py. With K classes,
 
     u = T ln(q / p) = d - mean     d = z - v, and the mean makes the sum of q 1
     w = T (q / p - 1) = T expm1(u / T)
